@@ -1,0 +1,54 @@
+"""What every command shares: one clear line for bad input, typed options."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. The message names the file or option, what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong option is one line on stderr instead of the whole usage text."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def boolean(text: str) -> bool:
+    """Type of options that take True or False, as TIPC passes them."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return values[text.lower()]
+
+
+def positive_int(text: str) -> int:
+    """Type of options that take a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def report_error(error: Exception) -> None:
+    """One line on stderr, whatever line breaks the message has."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Call a script's `main` and end the process with its exit code; bad input is one line and code 2."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        report_error(error)
+        code = 2
+    except KeyboardInterrupt:
+        report_error(Exception("interrupted"))
+        code = 130
+    sys.exit(code)

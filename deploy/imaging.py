@@ -1,0 +1,156 @@
+"""Pictures in, pictures out: reading, preprocessing, Gaussian smoothing, drawing. Arrays only, no framework."""
+
+import glob
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from deploy.cli import UserError
+from deploy.files import write_whole
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# Of ImageNet, RGB, for pictures in [0, 1].
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+SMOOTHING_SIGMA = 6.0  # pixels of the anomaly map
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """Picture files, sorted: of a file itself, a folder (not its subfolders) or a glob pattern.
+
+    Raises:
+        UserError: nothing there.
+    """
+    path = str(path)
+    if Path(path).is_dir():
+        found = [file for file in Path(path).iterdir() if is_image(file)]
+        if not found:
+            raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)})")
+    elif Path(path).exists():
+        return [Path(path)]
+    else:
+        found = [Path(name) for name in glob.glob(path, recursive=True) if is_image(Path(name))]
+        if not found:
+            raise UserError(f"{path}: no such file, folder or pattern with pictures")
+    return sorted(found)
+
+
+def is_image(path: Path) -> bool:
+    """Whether this is a file whose name ends like a picture's, in any case; hidden files are not."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Decode a picture of any mode to (H, W, 3) uint8 RGB.
+
+    Grey becomes three equal channels, a palette its colours, 16 bit is scaled to 8, alpha is dropped.
+
+    Raises:
+        UserError: missing, truncated, not a picture, or more pixels than Pillow takes for a decompression bomb.
+    """
+    array = _decode(path)
+    if array.dtype == np.uint16:
+        array = np.round(array / 257.0).astype(np.uint8)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    return array
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
+
+    Raises:
+        UserError: as `read_rgb`.
+    """
+    return read_rgb(path).max(axis=2)
+
+
+def _decode(path: Path) -> np.ndarray:
+    """(H, W) or (H, W, 3), uint8 or uint16."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata that no pixel depends on
+            with Image.open(path) as image:
+                if image.mode.startswith("I"):  # I;16 of 16-bit files, I of older Pillows
+                    return np.asarray(image).astype(np.uint16)
+                return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        array = _decode_16_bit_tiff(path)
+        if array is None:
+            raise UserError(f"{path}: not a picture, or damaged") from error
+        return array
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+
+
+def _decode_16_bit_tiff(path: Path) -> np.ndarray | None:
+    """Pillow does not know TIFF files with three 16-bit channels; OpenCV does."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return None
+    cv2.setLogLevel(0)
+    array = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if array is None or array.dtype not in (np.uint8, np.uint16):
+        return None
+    return cv2.cvtColor(array, cv2.COLOR_BGR2RGB)
+
+
+def preprocess(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (3, height, width) float32: bilinear resize, [0, 1], ImageNet normalisation."""
+    resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+    scaled = resized.astype(np.float32) / 255.0
+    normalised = (scaled - np.float32(MEAN)) / np.float32(STD)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def decision_line(score: float, threshold: float) -> str:
+    """The published result line, for example `Normal - score:  0.614`."""
+    return f"{'Anomaly' if score > threshold else 'Normal'} - score:  {score:.3f}"
+
+
+def draw_result(
+    picture: np.ndarray, anomaly_map: np.ndarray, score: float, image_threshold: float, pixel_threshold: float
+) -> np.ndarray:
+    """Three panels side by side: the picture, the heat map over it, the thresholded mask with its outline.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB.
+        anomaly_map: (h, w) float, the smoothed map in [0, 1]; the colours run from 0 to 1, the same in every figure.
+        score: image score in [0, 1].
+        image_threshold: the picture is called an anomaly above it.
+        pixel_threshold: a pixel belongs to the mask above it.
+
+    Returns:
+        (panel height + caption, 3 * panel width, 3) uint8 RGB; a panel is between 256 and 768 pixels high.
+    """
+    height, width = picture.shape[:2]
+    factor = np.clip(height, 256, 768) / height
+    size = (max(round(width * factor), 1), max(round(height * factor), 1))
+    picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    scores = cv2.resize(anomaly_map.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+
+    heat = cv2.applyColorMap(np.uint8(np.clip(scores, 0, 1) * 255), cv2.COLORMAP_JET)
+    heat = cv2.addWeighted(picture, 0.5, cv2.cvtColor(heat, cv2.COLOR_BGR2RGB), 0.5, 0)
+
+    mask = np.uint8(scores > pixel_threshold)
+    outlines, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    outlined = np.where(mask[..., None] > 0, picture // 2 + np.uint8([127, 0, 0]), picture)
+    outlined = cv2.drawContours(np.ascontiguousarray(outlined), outlines, -1, (255, 0, 0), max(1, size[1] // 256))
+
+    panels = np.concatenate([picture, heat, outlined], axis=1)
+    caption = np.full((40, panels.shape[1], 3), 255, np.uint8)
+    text = f"{decision_line(score, image_threshold)} (threshold {image_threshold:g}, pixels {pixel_threshold:g})"
+    scale = min(0.6, panels.shape[1] / 800)
+    cv2.putText(caption, text, (8, 26), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([caption, panels], axis=0)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 RGB in the format of the file's suffix, whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_whole(path, lambda name: Image.fromarray(picture).save(name, quality=95))

@@ -1,0 +1,167 @@
+"""FastFlow: 2D normalizing flows on the feature maps of a frozen backbone (Yu et al. 2021, arXiv 2111.07677)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from deploy.imaging import SMOOTHING_SIGMA
+from models.backbone import ResNet18Features
+from models.linear_maps import bilinear_matrix, gaussian_matrix
+from utils.config import Config
+
+
+class FlowStep(nn.Layer):
+    """Two affine couplings that share one subnet, a scale and offset per channel, and a fixed permutation.
+
+    On x = [x1, x2], split in the middle of the channels (the paper's 2D flow; RealNVP's affine coupling):
+
+        [a, t] = 0.1 subnet(x1),  s = clamp tanh(a),  y2 = x2 exp(s) + t
+        [a, t] = 0.1 subnet(y2),  s = clamp tanh(a),  y1 = x1 exp(s) + t
+        y = permute([y1, y2] global_scale + global_offset)
+
+    log |det dy/dx| = sum of both s over channels and pixels + H W sum(log global_scale).
+    The factor 0.1 and the tanh clamp are those of FrEIA's AllInOneBlock, from which the published model comes.
+    """
+
+    def __init__(self, channels: int, kernel: int, hidden_ratio: float, clamp: float, permutation: np.ndarray) -> None:
+        super().__init__()
+        half = channels // 2
+        hidden = int(half * hidden_ratio)
+        self.clamp = clamp
+        self.subnet = nn.Sequential(
+            nn.Conv2D(half, hidden, kernel, padding="same"),
+            nn.ReLU(),
+            nn.Conv2D(hidden, channels, kernel, padding="same"),
+        )
+        one, zero = nn.initializer.Constant(1.0), nn.initializer.Constant(0.0)
+        self.global_scale = self.create_parameter([1, channels, 1, 1], default_initializer=one)
+        self.global_offset = self.create_parameter([1, channels, 1, 1], default_initializer=zero)
+        # y[:, i] = x[:, permutation[i]]
+        self.register_buffer("permutation", paddle.to_tensor(permutation, "int64"), persistable=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> y (B, C, H, W), log-det (B)."""
+        x1, x2 = paddle.split(x, 2, axis=1)  # (B, C/2, H, W)
+        x2, log_det2 = self._couple(x1, x2)
+        x1, log_det1 = self._couple(x2, x1)
+        y = paddle.concat([x1, x2], axis=1) * self.global_scale + self.global_offset
+        pixels = float(x.shape[2] * x.shape[3])
+        log_det = log_det1 + log_det2 + pixels * paddle.log(self.global_scale).sum()
+        return paddle.index_select(y, self.permutation, axis=1), log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The x that `forward` maps to y, (B, C, H, W)."""
+        x = paddle.index_select(y, paddle.argsort(self.permutation), axis=1)
+        x1, x2 = paddle.split((x - self.global_offset) / self.global_scale, 2, axis=1)
+        s, t = self._scale_shift(x2)
+        x1 = (x1 - t) * paddle.exp(-s)
+        s, t = self._scale_shift(x1)
+        x2 = (x2 - t) * paddle.exp(-s)
+        return paddle.concat([x1, x2], axis=1)
+
+    def _couple(self, condition: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = self._scale_shift(condition)
+        return x * paddle.exp(s) + t, s.sum(axis=[1, 2, 3])
+
+    def _scale_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        a, t = paddle.split(0.1 * self.subnet(condition), 2, axis=1)
+        return self.clamp * paddle.tanh(a), t
+
+
+class Flow(nn.Layer):
+    """A chain of flow steps on one feature map."""
+
+    def __init__(self, channels: int, config: Config, random: np.random.Generator) -> None:
+        super().__init__()
+        self.module_list = nn.LayerList()
+        for step in range(config.flow_step):
+            # the paper alternates 3x3 and 1x1 convolutions, and uses 3x3 only for ResNet18
+            kernel = 3 if config.conv3x3_only or step % 2 == 0 else 1
+            permutation = random.permutation(channels)
+            self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> z (B, C, H, W), log-det (B)."""
+        log_det = 0.0
+        for step in self.module_list:
+            x, step_log_det = step(x)
+            log_det = log_det + step_log_det
+        return x, log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The x that `forward` maps to z, (B, C, H, W)."""
+        for step in reversed(list(self.module_list)):
+            z = step.inverse(z)
+        return z
+
+
+class FastFlow(nn.Layer):
+    """Frozen backbone, and per scale a BatchNorm and a flow to a standard normal z."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        random = np.random.default_rng(config.seed)
+        self.feature_extractor = ResNet18Features()
+        self.norms = nn.LayerList(
+            [nn.BatchNorm2D(c, momentum=config.momentum) for c in config.channels] if config.use_norm else []
+        )
+        self.nf_flows = nn.LayerList([Flow(c, config, random) for c in config.channels])
+        size = config.input_size
+        for i, scale in enumerate(config.scales):
+            self.register_buffer(
+                f"resize_{i}", paddle.to_tensor(bilinear_matrix(-(-size // scale), size)), persistable=False
+            )
+        smoothing = paddle.to_tensor(gaussian_matrix(size, SMOOTHING_SIGMA))
+        self.register_buffer("smoothing", smoothing, persistable=False)
+        for name, parameter in self.named_parameters():
+            parameter.name = name  # the optimizer's state is stored under these names: any process can resume
+
+    def train(self) -> None:
+        """Train the norms and flows; the backbone stays in eval mode, its BatchNorm statistics are ImageNet's."""
+        super().train()
+        self.feature_extractor.eval()
+
+    def latents(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Features (B, C, h, w) of each scale -> (z (B, C, h, w), log-det (B)) of each scale."""
+        norms = self.norms or [None] * len(features)
+        return [flow(norm(x) if norm else x) for flow, norm, x in zip(self.nf_flows, norms, features)]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) -> what `score` returns."""
+        return self.score(self.feature_extractor(images))
+
+    def score(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features -> anomaly map (B, 1, H, W), the same smoothed, image score (B); all in [0, 1)."""
+        maps = [
+            # U p U^T is the bilinear resize with align_corners=True
+            paddle.matmul(paddle.matmul(resize, per_location_score(z)), resize, transpose_y=True)
+            for (z, _), resize in zip(self.latents(features), self._resizes())
+        ]
+        anomaly_map = sum(maps) / len(maps)  # (B, 1, H, W)
+        smoothed = paddle.matmul(paddle.matmul(self.smoothing, anomaly_map), self.smoothing, transpose_y=True)
+        return anomaly_map, smoothed, anomaly_map.max(axis=[1, 2, 3])
+
+    def _resizes(self) -> list[Tensor]:
+        return [getattr(self, f"resize_{i}") for i in range(len(self.nf_flows))]
+
+
+def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The training loss, a scalar: sum over scales of the mean over the batch of
+
+        (0.5 ||z||^2 - log |det dz/dx|) / (C H W)
+
+    which is -log p(x) of a standard normal z per dimension, without the constant 0.5 log(2 pi).
+    """
+    loss = 0.0
+    for z, log_det in latents:
+        dimensions = math.prod(z.shape[1:])
+        loss = loss + (0.5 * paddle.square(z).sum(axis=[1, 2, 3]) - log_det).mean() / dimensions
+    return loss
+
+
+def per_location_score(z: Tensor) -> Tensor:
+    """z (B, C, h, w) -> 1 - exp(-0.5 mean over channels of z^2), (B, 1, h, w) in [0, 1)."""
+    return 1 - paddle.exp(-0.5 * paddle.square(z).mean(axis=1, keepdim=True))

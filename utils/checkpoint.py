@@ -1,0 +1,82 @@
+"""Checkpoints in the published layout.
+
+`results/{exp_dir}/{category}/best.pdparams` and `last.pdparams` hold a dictionary in `paddle.save` format with
+`epoch`, `model_state_dict` and `optimizer_state_dict`, as published, and beside them what the published files do
+not have: `backbone` (provenance), `config` and `history` (one row per epoch).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from deploy.cli import UserError
+from deploy.files import write_whole
+from models.fastflow import FastFlow, FlowStep
+from utils.pickles import load_pickle
+from utils.states import set_state
+
+
+def published_state(model: FastFlow) -> dict[str, np.ndarray]:
+    """The model's arrays under the published names; the permutations as 1x1 convolution kernels.
+
+    `w_perm[i, permutation[i]] = 1`, `w_perm_inv` its transpose, both (C, C, 1, 1).
+    """
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    for name, step in _flow_steps(model):
+        kernel = np.eye(len(step.permutation), dtype=np.float32)[step.permutation.numpy()]
+        state[f"{name}.w_perm"] = kernel[:, :, None, None]
+        state[f"{name}.w_perm_inv"] = kernel.T[:, :, None, None].copy()
+    return state
+
+
+def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: str) -> None:
+    """Fill the model from arrays under the published names, the permutations included.
+
+    `subnet_2.*`, which published files hold and no result depends on, is ignored.
+
+    Raises:
+        UserError: keys are missing, unknown or misshapen, or a `w_perm` is no permutation.
+    """
+    if not isinstance(state, dict):
+        raise UserError(f"{source}: holds no model_state_dict")
+    state = {name: value for name, value in state.items() if ".subnet_2." not in name}
+    permutations = []
+    for name, step in _flow_steps(model):
+        kernel = np.asarray(state.pop(f"{name}.w_perm", np.empty(0)))
+        state.pop(f"{name}.w_perm_inv", None)
+        channels = len(step.permutation)
+        if kernel.shape != (channels, channels, 1, 1):
+            wanted = [channels, channels, 1, 1]
+            raise UserError(f"{source}: does not fit this model: {name}.w_perm must have the shape {wanted}")
+        permutation = kernel[:, :, 0, 0].argmax(axis=1)
+        if not np.array_equal(kernel[:, :, 0, 0], np.eye(channels)[permutation]) or len(set(permutation)) < channels:
+            raise UserError(f"{source}: {name}.w_perm is not a permutation")
+        permutations.append((step, permutation))
+    set_state(model, state, source)
+    for step, permutation in permutations:
+        step.permutation.set_value(permutation.astype(np.int64))
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write the dictionary in `paddle.save` format, whole."""
+    write_whole(path, lambda name: paddle.save(content, name))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, ours or a published one, without running anything in it.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; train first, or check --exp_dir and the category")
+    checkpoint = load_pickle(path)
+    if not isinstance(checkpoint, dict) or not {"epoch", "model_state_dict"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a checkpoint (it must hold epoch and model_state_dict)")
+    return checkpoint
+
+
+def _flow_steps(model: FastFlow) -> list[tuple[str, FlowStep]]:
+    return [(name, layer) for name, layer in model.named_sublayers() if isinstance(layer, FlowStep)]

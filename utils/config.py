@@ -1,0 +1,182 @@
+"""The configuration: read once, checked once, then passed down."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from deploy.cli import UserError
+
+
+@dataclass(frozen=True)
+class SelectionWeights:
+    """Weights of the two AUROCs in the figure that chooses the best checkpoint."""
+
+    image: float = 0.5
+    pixel: float = 0.5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a result. The comments in configs/resnet18.yaml say what each key means."""
+
+    backbone_name: Literal["resnet18"]
+    input_size: int
+    channels: list[int]
+    scales: list[int]
+    use_norm: bool
+    momentum: float
+    flow_step: int
+    hidden_ratio: float
+    conv3x3_only: bool
+    clamp: float
+    pretrained: Literal["imagenet", "offline"] = "imagenet"
+    mask_rule: Literal["published", "half"] = "published"
+    seed: int = 0
+    epochs: int = 500
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    clip_norm: float = 0.9
+    eval_interval: int = 1
+    patience: int = 30
+    selection_weights: SelectionWeights = dataclasses.field(default_factory=SelectionWeights)
+    log_interval: int = 10
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers, as in the YAML file."""
+        return dataclasses.asdict(self)
+
+
+# Keys that make no sense below a bound; every other number may be anything of its type.
+LOWEST = {
+    "input_size": 32,
+    "flow_step": 1,
+    "epochs": 1,
+    "batch_size": 1,
+    "eval_interval": 1,
+    "patience": 1,
+    "log_interval": 1,
+    "seed": 0,
+    "weight_decay": 0,
+    "selection_weights.image": 0,
+    "selection_weights.pixel": 0,
+}
+POSITIVE = {"lr", "clip_norm", "clamp", "hidden_ratio"}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> Config:
+    """Read a YAML config, apply `key=value` overrides (dotted keys), then command-line options.
+
+    Args:
+        path: the YAML file.
+        overrides: strings like `lr=0.0005` or `selection_weights.image=1`; values are YAML.
+        options: config keys given as command-line options of their own; None means not given.
+
+    Raises:
+        UserError: unreadable file, unknown or missing key, wrong type, value out of range.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read ({error}); give a YAML file with -cfg") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: must hold `key: value` lines, see configs/resnet18.yaml")
+    for override in overrides:
+        _override(values, override)
+    values.update({key: value for key, value in options.items() if value is not None})
+    return parse_config(values, f"config {path}")
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Check a plain dictionary and turn it into a Config; `source` starts the error message."""
+    config = _build(Config, values, source, prefix="")
+    if len(config.channels) != len(config.scales) or not config.channels:
+        raise UserError(f"{source}: channels and scales must be lists of the same length")
+    if config.selection_weights.image + config.selection_weights.pixel <= 0:
+        raise UserError(f"{source}: selection_weights: image and pixel must not both be 0")
+    if not 0 <= config.momentum <= 1:
+        raise UserError(f"{source}: momentum must be between 0 and 1, not {config.momentum}")
+    return config
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"-o {override}: must be key=value, for example -o lr=0.0005")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"-o {override}: the value is not valid YAML ({error})") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"-o {override}: {parent} is not a group of keys")
+    values[last] = value
+
+
+def _build(cls: type, values: dict[Any, Any], source: str, prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            known = ", ".join(prefix + name for name in fields)
+            raise UserError(f"{source}: unknown key {prefix}{key}; known keys: {known}")
+    types_ = typing.get_type_hints(cls)
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _check(types_[name], values[name], source, prefix + name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{source}: key {prefix}{name} is missing; configs/resnet18.yaml has them all")
+    return cls(**arguments)
+
+
+def _check(type_: Any, value: Any, source: str, key: str) -> Any:
+    """Return `value` as `type_`, or raise one line that says what the key takes."""
+
+    def refuse(wanted: str) -> UserError:
+        return UserError(f"{source}: {key} must be {wanted}, not {value!r}")
+
+    if dataclasses.is_dataclass(type_):
+        if not isinstance(value, dict):
+            raise refuse("a group of keys")
+        return _build(type_, value, source, prefix=f"{key}.")
+    origin = typing.get_origin(type_)
+    if origin is Literal:
+        choices = typing.get_args(type_)
+        if value not in choices:
+            raise refuse("one of " + ", ".join(choices))
+        return value
+    if origin is list:
+        (item,) = typing.get_args(type_)
+        if not isinstance(value, list):
+            raise refuse("a list")
+        return [_check(item, entry, source, f"{key}[{i}]") for i, entry in enumerate(value)]
+    if type_ is float:
+        value = _number(value)  # YAML reads 1e-3 as text
+    names = {bool: "True or False", int: "a whole number", float: "a number"}
+    if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
+        raise refuse(names[type_])
+    if key in LOWEST and not value >= LOWEST[key]:  # not >=: refuses NaN too
+        raise refuse(f"at least {LOWEST[key]}")
+    if key in POSITIVE and not 0 < value < float("inf"):
+        raise refuse("greater than 0")
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
