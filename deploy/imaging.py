@@ -1,7 +1,9 @@
 """Pictures in, pictures out: reading, preprocessing, Gaussian smoothing, drawing. Arrays only, no framework."""
 
 import glob
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -36,6 +38,12 @@ def list_images(path: str | Path) -> list[Path]:
         if not found:
             raise UserError(f"{path}: no such file, folder or pattern with pictures")
     return sorted(found)
+
+
+def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Where to write the drawing of each picture: `folder`, the subfolders in which the pictures differ, name.jpg."""
+    top = os.path.commonpath([path.parent for path in images])
+    return {path: folder / f"{path.relative_to(top)}.jpg" for path in images}
 
 
 def is_image(path: Path) -> bool:

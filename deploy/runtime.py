@@ -1,8 +1,10 @@
-"""Set up the process before paddle is imported, and choose the device afterwards.
+"""Set up the process, import paddle, choose the device.
 
 Only defaults are set: an environment variable that the user has set is never changed.
 """
 
+import contextlib
+import io
 import math
 import os
 import sys
@@ -13,7 +15,9 @@ from deploy.cli import UserError
 
 
 def setup(verbose: bool = False) -> dict[str, str]:
-    """Set thread count, MKL's code path and quiet logs in the environment; call before `import paddle`.
+    """Set thread count, MKL's code path and quiet logs in the environment, then import paddle.
+
+    Every entry point calls it before anything else imports paddle.
 
     Returns:
         the variables that matter and their values, as printed on stderr when `verbose`.
@@ -30,6 +34,12 @@ def setup(verbose: bool = False) -> dict[str, str]:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", message="No ccache found")
+    notes = io.StringIO()
+    with contextlib.redirect_stderr(notes):
+        import paddle  # noqa: F401
+    for line in notes.getvalue().splitlines():
+        if "OMP_NUM_THREADS" not in line:  # Paddle warns of more than one thread; its MKL build is made for it
+            print(line, file=sys.stderr)
     chosen = {name: os.environ[name] for name in defaults}
     if verbose:
         print("runtime: " + " ".join(f"{k}={v}" for k, v in chosen.items()), file=sys.stderr)

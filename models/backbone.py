@@ -5,7 +5,7 @@ from paddle import Tensor, nn
 
 
 class ResNet18Features(nn.Layer):
-    """ResNet18 without `layer4` and `fc`, frozen. It belongs in eval mode, which `FastFlow.train` sees to.
+    """ResNet18 without `layer4` and `fc`, frozen and in eval mode; `FastFlow.train` keeps it there.
 
     The names of its parameters are those of `paddle.vision.models.resnet18`.
     """
@@ -20,6 +20,7 @@ class ResNet18Features(nn.Layer):
         self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
         for parameter in self.parameters():
             parameter.stop_gradient = True
+        self.eval()
 
     @paddle.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:

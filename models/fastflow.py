@@ -124,10 +124,15 @@ class FastFlow(nn.Layer):
         super().train()
         self.feature_extractor.eval()
 
+    def trainable_parameters(self) -> int:
+        """How many numbers training changes."""
+        return sum(p.size for p in self.parameters() if not p.stop_gradient)
+
     def latents(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Features (B, C, h, w) of each scale -> (z (B, C, h, w), log-det (B)) of each scale."""
-        norms = self.norms or [None] * len(features)
-        return [flow(norm(x) if norm else x) for flow, norm, x in zip(self.nf_flows, norms, features)]
+        if self.norms:
+            features = [self.norms[i](x) for i, x in enumerate(features)]
+        return [self.nf_flows[i](x) for i, x in enumerate(features)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (B, 3, H, W) -> what `score` returns."""
@@ -135,17 +140,17 @@ class FastFlow(nn.Layer):
 
     def score(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Features -> anomaly map (B, 1, H, W), the same smoothed, image score (B); all in [0, 1)."""
-        maps = [
-            # U p U^T is the bilinear resize with align_corners=True
-            paddle.matmul(paddle.matmul(resize, per_location_score(z)), resize, transpose_y=True)
-            for (z, _), resize in zip(self.latents(features), self._resizes())
-        ]
-        anomaly_map = sum(maps) / len(maps)  # (B, 1, H, W)
-        smoothed = paddle.matmul(paddle.matmul(self.smoothing, anomaly_map), self.smoothing, transpose_y=True)
+        maps = []
+        for i, (z, _) in enumerate(self.latents(features)):
+            maps.append(_both_axes(getattr(self, f"resize_{i}"), per_location_score(z)))  # (B, 1, H, W)
+        anomaly_map = sum(maps) / len(maps)
+        smoothed = _both_axes(self.smoothing, anomaly_map)
         return anomaly_map, smoothed, anomaly_map.max(axis=[1, 2, 3])
 
-    def _resizes(self) -> list[Tensor]:
-        return [getattr(self, f"resize_{i}") for i in range(len(self.nf_flows))]
+
+def _both_axes(matrix: Tensor, maps: Tensor) -> Tensor:
+    """M A M^T for each map A: (m, n), (B, 1, n, n) -> (B, 1, m, m)."""
+    return paddle.matmul(paddle.matmul(matrix, maps), matrix, transpose_y=True)
 
 
 def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -2,91 +2,67 @@
 
 import hashlib
 import os
+import sys
 import urllib.request
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import paddle
 from paddle import nn
 from tqdm import tqdm
 
+from datasets.mvtec import read_batches
 from deploy.cli import UserError, warn
 from deploy.files import write_whole
 from models.offline_start import calibrated_start
+from utils.config import Config
 from utils.pickles import load_pickle
+from utils.results import OFFLINE
 from utils.states import set_state
 
 VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
-ADVICE = (
-    f"give real ImageNet weights with --backbone_weights FILE or {VARIABLE}=FILE "
-    "(.pdparams, .npz or .safetensors), or train once with internet access"
-)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Which weights a backbone holds; stored in every checkpoint."""
-
-    source: str  # option, environment, cache, download, offline
-    file: str | None = None
-    sha256: str | None = None
-
-    def __str__(self) -> str:
-        if self.source == "offline":
-            return "offline start (calibrated fixed-seed filters, no ImageNet weights)"
-        return f"{self.file} ({self.source}, sha256 {self.sha256[:12]})"
-
-    def as_dict(self) -> dict[str, str | None]:
-        """For a checkpoint or JSON."""
-        return asdict(self)
+CALIBRATION_IMAGES = 32
+RULER = "!" * 100
+OFFLINE_WARNING = f"""\
+{RULER}
+!! NO IMAGENET WEIGHTS: the backbone is an offline start made from fixed-seed filters.
+!! Accuracy figures mean NOTHING until the real weights are given: with --backbone_weights FILE or
+!! {VARIABLE}=FILE (.pdparams, .npz or .safetensors), or by training with internet access.
+{RULER}"""
 
 
 def load_backbone(
-    backbone: nn.Layer,
-    pretrained: str,
-    weights_file: str | None,
-    training_images: Callable[[], np.ndarray],
-    seed: int,
-) -> Provenance:
+    backbone: nn.Layer, config: Config, weights_file: str | None, training_images: Sequence[Path]
+) -> dict[str, str | None]:
     """Fill the backbone and say from where.
 
     Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_BACKBONE_WEIGHTS names,
-    Paddle's weight cache, one download of Paddle's official file, and the offline start. With
-    `pretrained="offline"` and no file given, the offline start at once.
+    Paddle's weight cache, one download of Paddle's official file, and the offline start, which is calibrated on
+    the first training images. With `pretrained: offline` and no file named, the offline start at once.
 
-    Args:
-        backbone: filled in place.
-        pretrained: `imagenet` or `offline`.
-        weights_file: value of --backbone_weights.
-        training_images: gives the normalised training images (N, 3, H, W) that calibrate the offline start.
-        seed: of the offline start.
+    Returns:
+        the provenance that checkpoints and tables state: `source`, `file`, `sha256`.
 
     Raises:
         UserError: a file that was named is missing, damaged or of another architecture.
     """
-    for source, file in (("option", weights_file), ("environment", os.environ.get(VARIABLE))):
+    for source, file in (("--backbone_weights", weights_file), (VARIABLE, os.environ.get(VARIABLE))):
         if file:
             return _load_file(backbone, Path(file), source)
-    if pretrained == "imagenet":
-        cached = official_file()
+    if config.pretrained == "imagenet":
+        official = official_file()
         try:
-            if cached.exists():
-                return _load_file(backbone, cached, "cache")
-            download_official(cached)
-            return _load_file(backbone, cached, "download")
+            if official.exists():
+                return _load_file(backbone, official, "Paddle's weight cache")
+            download_official(official)
+            return _load_file(backbone, official, "downloaded")
         except UserError as error:
             warn(str(error))
-    calibrated_start(backbone, training_images(), seed)
-    line = "!" * 100
-    warn(
-        f"\n{line}\n!! NO IMAGENET WEIGHTS: the backbone is an offline start made from fixed-seed filters.\n"
-        "!! Accuracy figures mean NOTHING until the real weights are given:\n"
-        f"!! {ADVICE}.\n{line}"
-    )
-    return Provenance("offline")
+    images = next(read_batches(training_images[:CALIBRATION_IMAGES], CALIBRATION_IMAGES, config.input_size))
+    calibrated_start(backbone, images, config.seed)
+    print(OFFLINE_WARNING, file=sys.stderr, flush=True)
+    return {"source": OFFLINE, "file": None, "sha256": None}
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -143,7 +119,7 @@ def download_official(target: Path) -> None:
     write_whole(target, lambda name: Path(name).write_bytes(content))
 
 
-def _load_file(backbone: nn.Layer, path: Path, source: str) -> Provenance:
+def _load_file(backbone: nn.Layer, path: Path, source: str) -> dict[str, str | None]:
     weights = {name: value for name, value in read_weights(path).items() if not name.startswith(("layer4.", "fc."))}
     set_state(backbone, weights, str(path))
-    return Provenance(source, str(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    return {"source": source, "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

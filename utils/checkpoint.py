@@ -14,6 +14,7 @@ import paddle
 from deploy.cli import UserError
 from deploy.files import write_whole
 from models.fastflow import FastFlow, FlowStep
+from utils.config import Config
 from utils.pickles import load_pickle
 from utils.states import set_state
 
@@ -76,6 +77,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"epoch", "model_state_dict"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint (it must hold epoch and model_state_dict)")
     return checkpoint
+
+
+def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
+    """The model of a checkpoint, backbone included, in eval mode; and the checkpoint.
+
+    Raises:
+        UserError: no such file, damaged, or of another architecture.
+    """
+    checkpoint = load_checkpoint(path)
+    model = FastFlow(config)
+    set_published_state(model, checkpoint["model_state_dict"], str(path))
+    model.eval()
+    return model, checkpoint
 
 
 def _flow_steps(model: FastFlow) -> list[tuple[str, FlowStep]]:

@@ -1,12 +1,17 @@
-"""One training step, as published."""
+"""Optimizer, step and epoch, as published."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
+from deploy.cli import UserError
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils.config import Config
+from utils.features import FeatureCache
+from utils.log import IterationTimes
 
 
 def build_optimizer(model: FastFlow, config: Config) -> paddle.optimizer.Adam:
@@ -26,3 +31,55 @@ def training_step(model: FastFlow, optimizer: paddle.optimizer.Optimizer, featur
     optimizer.step()
     optimizer.clear_grad()
     return loss.detach()
+
+
+def train_epoch(
+    model: FastFlow,
+    optimizer: paddle.optimizer.Optimizer,
+    features: FeatureCache,
+    config: Config,
+    epoch: int,
+    log: Callable[[str], None],
+) -> float:
+    """One pass over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
+
+    Args:
+        epoch: from 1.
+        log: takes the published log line, every `config.log_interval` iterations and at the last one.
+
+    Returns:
+        the mean loss over the pictures.
+
+    Raises:
+        UserError: the loss or a parameter is no longer a finite number.
+    """
+    model.train()
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(features))
+    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    total = paddle.zeros([])  # stays on the device: reading it at every step would make a GPU wait
+    times = IterationTimes()
+    for iteration, indices in enumerate(batches, start=1):
+        batch = features.batch(indices)
+        times.batch_read()
+        loss = training_step(model, optimizer, batch)
+        total += loss * len(indices)
+        times.step_done(len(indices))
+        if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):
+            seen = min(iteration * config.batch_size, len(order))
+            log(
+                f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - "
+                f"loss = {_finite(loss, epoch):.3f}/{_finite(total / seen, epoch):.3f} (last/avg) - {times.summary()}"
+            )
+    for parameter in model.parameters():
+        _finite(parameter.abs().max(), epoch)
+    return total.item() / len(order)
+
+
+def _finite(value: Tensor, epoch: int) -> float:
+    number = value.item()
+    if not math.isfinite(number):
+        raise UserError(
+            f"training diverged in epoch {epoch} (loss or parameters are {number}); "
+            "the checkpoints of the epoch before are kept, a lower lr helps"
+        )
+    return number

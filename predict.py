@@ -1,0 +1,56 @@
+"""Look at pictures: python predict.py --category bottle --image_path images/bottle_good.png --exp_dir exp"""
+
+import argparse
+from pathlib import Path
+
+from deploy.cli import UserError, report_error, run_main
+from deploy.imaging import decision_line, draw_result, drawing_paths, list_images, preprocess, read_rgb, write_picture
+from utils.options import add_category, common_parser, start
+from utils.results import experiment_folder
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common_parser("Score pictures and draw where their defects are.")
+    add_category(parser, "category whose checkpoint is used")
+    parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
+    parser.add_argument("--image_threshold", type=float, default=0.8, help="anomaly above it (%(default)s)")
+    parser.add_argument("--pixel_threshold", type=float, default=0.8, help="mask above it (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    images = list_images(args.image_path)
+    config = start(args)
+
+    import paddle
+
+    from utils.checkpoint import load_model
+
+    folder = experiment_folder(args.exp_dir) / args.category
+    model, _ = load_model(config, folder / "best.pdparams")
+    single = Path(args.image_path).is_file()
+    output = folder if single else folder / "predictions"
+    drawings = drawing_paths(images, output)
+    done = 0
+    for path in images:
+        try:
+            picture = read_rgb(path)
+            batch = preprocess(picture, config.input_size, config.input_size)[None]
+            with paddle.no_grad():
+                _, smoothed, score = model(paddle.to_tensor(batch))
+            drawing = draw_result(
+                picture, smoothed.numpy()[0, 0], score.item(), args.image_threshold, args.pixel_threshold
+            )
+            write_picture(folder / "result.jpg" if single else drawings[path], drawing)
+            print(("" if single else f"{path}  ") + decision_line(score.item(), args.image_threshold), flush=True)
+            done += 1
+        except UserError as error:
+            report_error(error)  # the other pictures still count
+    if done:
+        print(f"可视化图在{output}下")
+    return 0 if done == len(images) else 2
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,116 @@
+"""Train one category: python train.py -cfg ./configs/resnet18.yaml --data ./data --exp_dir exp -cat bottle"""
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from deploy.cli import UserError, positive_int, run_main
+from deploy.files import make_folder, write_text
+from utils.history import EpochRow, best_row, draw_curves, selection_value, write_csv
+from utils.log import make_logger
+from utils.options import add_category, add_data, common_parser, start
+from utils.results import describe_backbone, experiment_folder, figure
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common_parser("Train FastFlow on the good pictures of one category.")
+    add_category(parser, "name of the category's folder under --data")
+    add_data(parser)
+    parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's")
+    parser.add_argument("--batch_size", type=positive_int, help="instead of the config's")
+    parser.add_argument(
+        "--test_epochs", type=positive_int, help="evaluate every N epochs; instead of the config's eval_interval"
+    )
+    parser.add_argument("--backbone_weights", metavar="FILE", help="ImageNet weights: .pdparams, .npz or .safetensors")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pdparams of the same folder")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = start(args, epochs=args.epochs, batch_size=args.batch_size, eval_interval=args.test_epochs)
+
+    import paddle  # this and what imports it: only after start() has set the runtime up
+
+    from datasets.mvtec import load_category, load_ground_truth
+    from models.fastflow import FastFlow
+    from models.pretrained import load_backbone
+    from utils.checkpoint import load_checkpoint, published_state, save_checkpoint, set_published_state
+    from utils.evaluation import measure, score_images
+    from utils.features import FeatureCache
+    from utils.training import build_optimizer, train_epoch
+
+    # ---- data, model, features: what is wrong with them shows here, before anything is written
+    category = load_category(Path(args.data), args.category)
+    truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
+    folder = make_folder(experiment_folder(args.exp_dir) / category.name)
+
+    paddle.seed(config.seed)
+    model = FastFlow(config)
+    optimizer = build_optimizer(model, config)
+    history: list[EpochRow] = []
+    if args.resume:
+        checkpoint = load_checkpoint(folder / "last.pdparams")
+        if "history" not in checkpoint:
+            raise UserError(f"{folder / 'last.pdparams'}: not written by this train.py; --resume cannot go on from it")
+        set_published_state(model, checkpoint["model_state_dict"], str(folder / "last.pdparams"))
+        optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
+        history = [EpochRow(**row) for row in checkpoint["history"]]
+        backbone = checkpoint["backbone"]
+    else:
+        backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
+    train_features = FeatureCache(model.feature_extractor, category.train, config.input_size, "features of train")
+    test_paths = [image.path for image in category.test]
+    test_features = FeatureCache(model.feature_extractor, test_paths, config.input_size, "features of test")
+
+    # ---- training
+    logger = make_logger(folder / "train.log", append=args.resume)
+    write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    logger.info(f"{category.name}  {len(train_features)} training and {len(test_features)} test pictures")
+    logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
+    logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
+    epochs = range(len(history) + 1, config.epochs + 1)
+    with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
+        for epoch in bar:
+            if history and epoch - 1 - best_row(history).epoch >= config.patience:
+                logger.info(f"{category.name}  no new best for {config.patience} epochs: stop")
+                break
+            started = time.perf_counter()
+            loss = train_epoch(
+                model, optimizer, train_features, config, epoch, lambda line: logger.info(f"{category.name}  {line}")
+            )
+            image = pixel = None
+            if epoch % config.eval_interval == 0 or epoch == config.epochs:
+                aurocs = measure(score_images(model, test_features), truth)
+                image, pixel = aurocs.image, aurocs.pixel
+            selection = selection_value(image, pixel, config.selection_weights)
+            seconds = time.perf_counter() - started
+            history.append(EpochRow(epoch, loss, optimizer.get_lr(), image, pixel, selection, seconds))
+
+            content = {
+                "epoch": epoch,
+                "model_state_dict": published_state(model),
+                "optimizer_state_dict": optimizer.state_dict(),
+                "backbone": backbone,
+                "config": config.as_dict(),
+                "history": [asdict(row) for row in history],
+            }
+            if best_row(history) is history[-1]:
+                save_checkpoint(folder / "best.pdparams", content)
+            save_checkpoint(folder / "last.pdparams", content)  # after best: a resumed epoch writes both again
+            write_csv(folder / "history.csv", history)
+            logger.info(
+                f"{category.name}  Epoch {epoch} - loss = {loss:.3f} - pixel auroc: {figure(pixel)} - "
+                f"image auroc: {figure(image)} - best epoch: {best_row(history).epoch} - {seconds:.1f} sec"
+            )
+    draw_curves(folder / "curves.png", history, category.name)
+    logger.info(f"{category.name}  checkpoints, history.csv and curves.png are in {folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""Scores of a test set and the figures made of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from datasets.mvtec import GroundTruth
+from deploy.cli import UserError
+from models.fastflow import FastFlow
+from utils.features import FeatureCache
+from utils.metrics import auroc
+
+EVALUATION_BATCH = 8  # pictures a pass; the result does not depend on it
+
+
+@dataclass(frozen=True)
+class Scores:
+    """image: (N,) float32, maximum of each raw map; pixel: (N, H, W) float32, the smoothed maps."""
+
+    image: np.ndarray
+    pixel: np.ndarray
+
+
+@dataclass(frozen=True)
+class Aurocs:
+    """In [0, 1]; None where there is nothing to measure: no defects, no masks."""
+
+    image: float | None
+    pixel: float | None
+
+
+@paddle.no_grad()
+def score_images(model: FastFlow, features: FeatureCache) -> Scores:
+    """Run the flows in eval mode over cached features.
+
+    Raises:
+        UserError: scores are not finite, so the model is broken.
+    """
+    model.eval()
+    image, pixel = [], []
+    for start in range(0, len(features), EVALUATION_BATCH):
+        indices = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
+        _, smoothed, scores = model.score(features.batch(indices))
+        image.append(scores)
+        pixel.append(smoothed[:, 0])
+    scores = Scores(paddle.concat(image).numpy(), paddle.concat(pixel).numpy())
+    if not np.isfinite(scores.image).all():
+        raise UserError("the model gives scores that are not numbers; its training diverged (a lower lr helps)")
+    return scores
+
+
+def measure(scores: Scores, truth: GroundTruth) -> Aurocs:
+    """Image and pixel AUROC over a test set, as published: pixels of all pictures together."""
+    pixel = None if truth.masks is None else auroc(scores.pixel, truth.masks)
+    return Aurocs(auroc(scores.image, truth.labels), pixel)

@@ -1,0 +1,65 @@
+"""The lines of a training, on the terminal and in train.log."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from deploy.cli import UserError
+
+
+def make_logger(path: Path, append: bool) -> logging.Logger:
+    """A logger that prints plain lines and writes them to the file as well.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    logger = logging.getLogger(str(path))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    try:
+        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, "a" if append else "w", "utf-8")]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    return logger
+
+
+class IterationTimes:
+    """Mean times since the last log line, for the line that TIPC reads."""
+
+    def __init__(self) -> None:
+        self._reset()
+        self._mark = time.perf_counter()
+
+    def _reset(self) -> None:
+        self._reader = self._batch = 0.0
+        self._iterations = self._samples = 0
+
+    def batch_read(self) -> None:
+        """The batch is in hand: what passed since the last step was waiting for it."""
+        self._reader += time.perf_counter() - self._mark
+
+    def step_done(self, samples: int) -> None:
+        """One iteration is over."""
+        now = time.perf_counter()
+        self._batch += now - self._mark
+        self._mark = now
+        self._iterations += 1
+        self._samples += samples
+
+    def summary(self) -> str:
+        """The means as TIPC's log line has them; starts anew."""
+        n = max(self._iterations, 1)
+        samples, batch = self._samples / n, self._batch / n
+        text = (
+            f"avg_reader_cost: {self._reader / n:.5f} sec - avg_batch_cost: {batch:.5f} sec - "
+            f"avg_samples: {samples:g} - avg_ips: {samples / batch if batch else 0:.5f} images/sec"
+        )
+        self._reset()
+        return text

@@ -1,0 +1,49 @@
+"""Options that train.py, eval.py, predict.py and deploy/export_model.py share."""
+
+import argparse
+import sys
+
+from deploy import runtime
+from deploy.cli import ArgumentParser
+from utils.config import Config, load_config
+
+
+def common_parser(description: str) -> ArgumentParser:
+    """A parser with the options that every script takes."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("-cfg", "--config", default="./configs/resnet18.yaml", help="YAML config (%(default)s)")
+    parser.add_argument(
+        "-o",
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config, e.g. -o lr=0.0005 -o selection_weights.image=1; repeatable",
+    )
+    parser.add_argument("--exp_dir", default="exp", help="folder under results/ (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N (%(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
+    return parser
+
+
+def add_category(parser: ArgumentParser, help_text: str) -> None:
+    """Add -cat/--category."""
+    parser.add_argument("-cat", "--category", required=True, help=help_text)
+
+
+def add_data(parser: ArgumentParser) -> None:
+    """Add --data."""
+    parser.add_argument("--data", default="./data", help="folder of the categories (%(default)s)")
+
+
+def start(args: argparse.Namespace, **options: object) -> Config:
+    """Read the config, set up the runtime, import paddle and choose the device.
+
+    `options` are config keys that were given as command-line options; None means not given.
+    """
+    config = load_config(args.config, args.override, **options)
+    runtime.setup(args.verbose)
+    device = runtime.select_device(args.device)
+    if args.verbose:
+        print(f"device: {device}", file=sys.stderr)
+    return config

@@ -1,0 +1,34 @@
+"""Folders of results, and figures as text. No paddle here: scripts need it before the runtime is set up."""
+
+from pathlib import Path
+from typing import Any
+
+from deploy.cli import UserError
+
+RESULTS = Path("results")
+OFFLINE = "offline start"  # source of a backbone without ImageNet weights
+
+
+def experiment_folder(exp_dir: str) -> Path:
+    """`results/{exp_dir}`, which holds a folder per category with its checkpoints.
+
+    Raises:
+        UserError: the name is empty.
+    """
+    if not exp_dir.strip("/."):
+        raise UserError("--exp_dir: must name a folder under results/")
+    return RESULTS / exp_dir
+
+
+def figure(value: float | None) -> str:
+    """An AUROC with the published three decimals, `n/a` where it could not be measured."""
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def describe_backbone(provenance: dict[str, Any] | None) -> str:
+    """Where the backbone's weights came from, in a line."""
+    if provenance is None:
+        return "not stated in the checkpoint"
+    if provenance["source"] == OFFLINE:
+        return f"{OFFLINE}, no ImageNet weights: accuracy figures mean nothing"
+    return f"{provenance['file']} ({provenance['source']}, sha256 {provenance['sha256'][:12]})"
