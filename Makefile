@@ -21,7 +21,16 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	sh demo.sh $(RUN)
+	$(RUN) train.py -cfg ./configs/resnet18.yaml --data ./lite_data --exp_dir demo -cat bottle --epochs 20 --batch_size 8 --test_epochs 5
+	$(RUN) eval.py -cfg ./configs/resnet18.yaml --data ./lite_data -cat bottle --exp_dir demo
+	$(RUN) predict.py -cfg ./configs/resnet18.yaml --category bottle --image_path 'images/bottle_*.png' --exp_dir demo
+	$(RUN) deploy/export_model.py -cfg ./configs/resnet18.yaml --category bottle --exp_dir demo --save_inference_dir $(DEMO)/inference
+	$(RUN) deploy/infer.py --save_inference_dir $(DEMO)/inference --image_path 'images/bottle_*.png' --output_dir $(DEMO)/inference/pictures > $(DEMO)/scores.txt
+	@echo
+	@echo "demo done. AUROC on the test pictures of lite_data/bottle ($(DEMO)/eval.json):"
+	@grep -m2 -E '"(image|pixel)_auroc"' $(DEMO)/eval.json
+	@echo "scores of the exported model:"; cat $(DEMO)/scores.txt
+	@echo "pictures: $(DEMO)/bottle/predictions, curves: $(DEMO)/bottle/curves.png"
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

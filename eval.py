@@ -62,11 +62,13 @@ def evaluate(config: Config, data: Path, name: str, folder: Path, is_last: bool)
     model, checkpoint = load_model(config, path)
     truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
     paths = [image.path for image in category.test]
-    aurocs = measure(score_images(model, FeatureCache(model.feature_extractor, paths, config.input_size, name)), truth)
+    image, pixel = measure(
+        score_images(model, FeatureCache(model.feature_extractor, paths, config.input_size, name)), truth
+    )
     backbone = checkpoint.get("backbone")
     return {
-        "pixel_auroc": aurocs.pixel,
-        "image_auroc": aurocs.image,
+        "pixel_auroc": pixel,
+        "image_auroc": image,
         "checkpoint": str(path),
         "epoch": int(checkpoint["epoch"]),
         "backbone": backbone or {"source": describe_backbone(None), "file": None, "sha256": None},

@@ -40,11 +40,13 @@ def main() -> None:
     from datasets.mvtec import load_category, load_ground_truth
     from models.fastflow import FastFlow
     from models.pretrained import load_backbone
+    from utils import distributed
     from utils.checkpoint import load_checkpoint, published_state, save_checkpoint, set_published_state
     from utils.evaluation import measure, score_images
     from utils.features import FeatureCache
     from utils.training import build_optimizer, train_epoch
 
+    distributed.start()
     # ---- data, model, features: what is wrong with them shows here, before anything is written
     category = load_category(Path(args.data), args.category)
     truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
@@ -64,15 +66,18 @@ def main() -> None:
         backbone = checkpoint["backbone"]
     else:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
+    distributed.same_start(model)
     train_features = FeatureCache(model.feature_extractor, category.train, config.input_size, "features of train")
     test_paths = [image.path for image in category.test]
     test_features = FeatureCache(model.feature_extractor, test_paths, config.input_size, "features of test")
 
     # ---- training
-    logger = make_logger(folder / "train.log", append=args.resume)
-    write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    logger = make_logger(folder / "train.log", append=args.resume, silent=not distributed.is_first())
+    if distributed.is_first():
+        write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
     logger.info(f"{category.name}  {len(train_features)} training and {len(test_features)} test pictures")
     logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
+    logger.info(f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es)")
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
     epochs = range(len(history) + 1, config.epochs + 1)
     with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
@@ -86,12 +91,13 @@ def main() -> None:
             )
             image = pixel = None
             if epoch % config.eval_interval == 0 or epoch == config.epochs:
-                aurocs = measure(score_images(model, test_features), truth)
-                image, pixel = aurocs.image, aurocs.pixel
+                image, pixel = distributed.from_first(lambda: measure(score_images(model, test_features), truth))
             selection = selection_value(image, pixel, config.selection_weights)
             seconds = time.perf_counter() - started
             history.append(EpochRow(epoch, loss, optimizer.get_lr(), image, pixel, selection, seconds))
 
+            if not distributed.is_first():
+                continue
             content = {
                 "epoch": epoch,
                 "model_state_dict": published_state(model),
@@ -108,7 +114,8 @@ def main() -> None:
                 f"{category.name}  Epoch {epoch} - loss = {loss:.3f} - pixel auroc: {figure(pixel)} - "
                 f"image auroc: {figure(image)} - best epoch: {best_row(history).epoch} - {seconds:.1f} sec"
             )
-    draw_curves(folder / "curves.png", history, category.name)
+    if distributed.is_first():
+        draw_curves(folder / "curves.png", history, category.name)
     logger.info(f"{category.name}  checkpoints, history.csv and curves.png are in {folder}")
 
 

@@ -10,6 +10,7 @@ from paddle import Tensor, nn
 from deploy.imaging import SMOOTHING_SIGMA
 from models.backbone import ResNet18Features
 from models.linear_maps import bilinear_matrix, gaussian_matrix
+from utils import distributed
 from utils.config import Config
 
 
@@ -98,6 +99,31 @@ class Flow(nn.Layer):
         return z
 
 
+class FeatureNorm(nn.BatchNorm2D):
+    """BatchNorm of frozen features; in data-parallel training its statistics are those of the global batch.
+
+    Features are constants, so the statistics need no gradient and a plain exchange of sums will do.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        if not self.training or distributed.processes() == 1:
+            return super().forward(x)
+        shape = [1, -1, 1, 1]
+        with paddle.no_grad():
+            sums = [x.sum(axis=[0, 2, 3]), paddle.full([1], x.size / x.shape[1])]
+            distributed.sum_over_processes(sums)
+            total, count = sums
+            mean = total / count  # (C,)
+            squares = paddle.square(x - mean.reshape(shape)).sum(axis=[0, 2, 3])
+            distributed.sum_over_processes([squares])
+            variance = squares / count
+            self._mean.set_value(self._momentum * self._mean + (1 - self._momentum) * mean)
+            self._variance.set_value(self._momentum * self._variance + (1 - self._momentum) * variance)
+            scaled = (x - mean.reshape(shape)) * paddle.rsqrt(variance + self._epsilon).reshape(shape)
+        return scaled * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
 class FastFlow(nn.Layer):
     """Frozen backbone, and per scale a BatchNorm and a flow to a standard normal z."""
 
@@ -106,7 +132,7 @@ class FastFlow(nn.Layer):
         random = np.random.default_rng(config.seed)
         self.feature_extractor = ResNet18Features()
         self.norms = nn.LayerList(
-            [nn.BatchNorm2D(c, momentum=config.momentum) for c in config.channels] if config.use_norm else []
+            [FeatureNorm(c, momentum=config.momentum) for c in config.channels] if config.use_norm else []
         )
         self.nf_flows = nn.LayerList([Flow(c, config, random) for c in config.channels])
         size = config.input_size

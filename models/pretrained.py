@@ -22,7 +22,7 @@ from utils.states import set_state
 
 VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
-CALIBRATION_IMAGES = 32
+CALIBRATION_IMAGES = 16
 RULER = "!" * 100
 OFFLINE_WARNING = f"""\
 {RULER}
@@ -39,7 +39,7 @@ def load_backbone(
 
     Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_BACKBONE_WEIGHTS names,
     Paddle's weight cache, one download of Paddle's official file, and the offline start, which is calibrated on
-    the first training images. With `pretrained: offline` and no file named, the offline start at once.
+    some training images. With `pretrained: offline` and no file named, the offline start at once.
 
     Returns:
         the provenance that checkpoints and tables state: `source`, `file`, `sha256`.
@@ -59,8 +59,8 @@ def load_backbone(
             return _load_file(backbone, official, "downloaded")
         except UserError as error:
             warn(str(error))
-    images = next(read_batches(training_images[:CALIBRATION_IMAGES], CALIBRATION_IMAGES, config.input_size))
-    calibrated_start(backbone, images, config.seed)
+    chosen = training_images[:: max(1, len(training_images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
+    calibrated_start(backbone, next(read_batches(chosen, CALIBRATION_IMAGES, config.input_size)), config.seed)
     print(OFFLINE_WARNING, file=sys.stderr, flush=True)
     return {"source": OFFLINE, "file": None, "sha256": None}
 

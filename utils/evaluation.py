@@ -22,14 +22,6 @@ class Scores:
     pixel: np.ndarray
 
 
-@dataclass(frozen=True)
-class Aurocs:
-    """In [0, 1]; None where there is nothing to measure: no defects, no masks."""
-
-    image: float | None
-    pixel: float | None
-
-
 @paddle.no_grad()
 def score_images(model: FastFlow, features: FeatureCache) -> Scores:
     """Run the flows in eval mode over cached features.
@@ -50,7 +42,10 @@ def score_images(model: FastFlow, features: FeatureCache) -> Scores:
     return scores
 
 
-def measure(scores: Scores, truth: GroundTruth) -> Aurocs:
-    """Image and pixel AUROC over a test set, as published: pixels of all pictures together."""
+def measure(scores: Scores, truth: GroundTruth) -> tuple[float | None, float | None]:
+    """Image and pixel AUROC over a test set, as published: pixels of all pictures together.
+
+    In [0, 1]; None where there is nothing to measure: no defects, or defects without masks.
+    """
     pixel = None if truth.masks is None else auroc(scores.pixel, truth.masks)
-    return Aurocs(auroc(scores.image, truth.labels), pixel)
+    return auroc(scores.image, truth.labels), pixel

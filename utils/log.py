@@ -8,8 +8,8 @@ from pathlib import Path
 from deploy.cli import UserError
 
 
-def make_logger(path: Path, append: bool) -> logging.Logger:
-    """A logger that prints plain lines and writes them to the file as well.
+def make_logger(path: Path, append: bool, silent: bool) -> logging.Logger:
+    """A logger that prints plain lines and writes them to the file as well; a silent one drops them.
 
     Raises:
         UserError: the file cannot be written.
@@ -20,6 +20,9 @@ def make_logger(path: Path, append: bool) -> logging.Logger:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
+    if silent:
+        logger.addHandler(logging.NullHandler())
+        return logger
     try:
         handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, "a" if append else "w", "utf-8")]
     except OSError as error:

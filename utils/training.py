@@ -9,6 +9,7 @@ from paddle import Tensor
 
 from deploy.cli import UserError
 from models.fastflow import FastFlow, negative_log_likelihood
+from utils import distributed
 from utils.config import Config
 from utils.features import FeatureCache
 from utils.log import IterationTimes
@@ -24,13 +25,25 @@ def build_optimizer(model: FastFlow, config: Config) -> paddle.optimizer.Adam:
     )
 
 
-def training_step(model: FastFlow, optimizer: paddle.optimizer.Optimizer, features: Sequence[Tensor]) -> Tensor:
-    """Change the parameters once; return the loss before the change, a scalar still on the device."""
-    loss = negative_log_likelihood(model.latents(features))
+def training_step(
+    model: FastFlow, optimizer: paddle.optimizer.Optimizer, features: Sequence[Tensor], weight: float = 1.0
+) -> Tensor:
+    """Change the parameters once.
+
+    Args:
+        features: of this process's share of the batch, (B, C, h, w) per scale.
+        weight: of the share in the mean over the global batch.
+
+    Returns:
+        the loss of the global batch before the change, a scalar still on the device.
+    """
+    loss = negative_log_likelihood(model.latents(features)) * weight
     loss.backward()
+    total = loss.detach()
+    distributed.sum_over_processes([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     optimizer.step()
     optimizer.clear_grad()
-    return loss.detach()
+    return total
 
 
 def train_epoch(
@@ -59,9 +72,10 @@ def train_epoch(
     total = paddle.zeros([])  # stays on the device: reading it at every step would make a GPU wait
     times = IterationTimes()
     for iteration, indices in enumerate(batches, start=1):
-        batch = features.batch(indices)
+        part, weight = distributed.share(indices)
+        batch = features.batch(part)
         times.batch_read()
-        loss = training_step(model, optimizer, batch)
+        loss = training_step(model, optimizer, batch, weight)
         total += loss * len(indices)
         times.step_done(len(indices))
         if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):

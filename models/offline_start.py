@@ -1,0 +1,65 @@
+"""A start for the backbone on a machine that holds no ImageNet weights and cannot download any."""
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+
+@paddle.no_grad()
+def calibrated_start(backbone: nn.Layer, images: np.ndarray, seed: int) -> None:
+    """Give the backbone smooth random filters, and BatchNorm statistics measured on training images.
+
+    Convolutions: each k x k slice of a kernel is white noise Z seen through a Gaussian blur,
+
+        w = G Z G^T,   G[i, j] = exp(-(i - j)^2 / 2),   then w <- w * sqrt(2 / fan_in) / std(w),
+
+    so neighbouring taps agree. White noise kernels (He) pass on the pixels' noise, which a flow cannot predict;
+    zero-mean and whitened filters do so even more, and were worse still at finding defects.
+
+    BatchNorm: weight 1, bias 0, and for each channel the mean and variance of what the convolution before it gives
+    on the images,
+
+        y <- (y - mean) / sqrt(variance + epsilon).
+
+    Without this every channel follows the brightness, and a dark defect looks more normal than a bright background.
+    One forward pass does it: every BatchNorm takes its statistics from the input it receives, when all layers before
+    it are already calibrated (data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856).
+
+    The same backbone, images and seed give the same weights on the same machine.
+
+    Args:
+        backbone: any network of Conv2D and BatchNorm2D that takes (B, 3, H, W). Set in place and left in eval mode.
+        images: (N, 3, H, W) float32, normalised; 16 are plenty.
+        seed: of the filters.
+    """
+    rng = np.random.default_rng(seed)
+    hooks = []
+    for layer in backbone.sublayers():
+        if isinstance(layer, nn.Conv2D):
+            layer.weight.set_value(_smooth_filters(rng, layer.weight.shape))
+        elif isinstance(layer, nn.BatchNorm2D):
+            layer.weight.set_value(paddle.ones_like(layer.weight))
+            layer.bias.set_value(paddle.zeros_like(layer.bias))
+            hooks.append(layer.register_forward_pre_hook(_take_statistics))
+    backbone.eval()
+    try:
+        backbone(paddle.to_tensor(images))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _smooth_filters(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
+    """Random kernels (C_out, C_in, k, k), blurred by sigma = 1 pixel; a 1 x 1 kernel stays as drawn."""
+    taps = np.arange(shape[-1])
+    blur = np.exp(-((taps[:, None] - taps) ** 2) / 2)  # (k, k)
+    kernels = blur @ rng.standard_normal(shape) @ blur.T  # (C_out, C_in, k, k)
+    return (kernels * np.sqrt(2 / np.prod(shape[1:])) / kernels.std()).astype("float32")
+
+
+def _take_statistics(norm: nn.BatchNorm2D, inputs: tuple[Tensor]) -> None:
+    """Set the running statistics of `norm` to those of the batch (B, C, H, W) that it is about to normalise."""
+    (y,) = inputs
+    mean = y.mean([0, 2, 3], keepdim=True)  # (1, C, 1, 1)
+    norm._mean.set_value(mean.flatten())  # (C,)
+    norm._variance.set_value((y - mean).square().mean([0, 2, 3]))  # (C,)

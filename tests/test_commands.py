@@ -1,0 +1,393 @@
+"""The commands end to end, as processes, on a tiny model and the committed pictures."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# A model small enough for seconds; `pretrained: offline` so that nothing waits for a network.
+TINY = ["-o", "input_size=64", "-o", "flow_step=1", "-o", "pretrained=offline"]
+
+
+class Workplace:
+    """A folder like the repository's root, with results of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("configs", "lite_data", "images"):
+            (folder / name).symlink_to(ROOT / name)
+
+    def run(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / script, *map(str, options)]
+        environ = {**os.environ, **environment}
+        return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=300)
+
+    def succeed(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
+        done = self.run(script, *options, **environment)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def fail(self, script: str, *options: object, **environment: str) -> str:
+        """Run a command that must fail with one line on stderr; return the line."""
+        done = self.run(script, *options, **environment)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode != 0
+        assert len(lines) == 1, done.stderr
+        return lines[0]
+
+    def train(self, exp_dir: str, *options: object) -> subprocess.CompletedProcess:
+        common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", "-cat", "bottle", *TINY)
+        return self.succeed("train.py", *common, "--exp_dir", exp_dir, *options)
+
+    def history(self, exp_dir: str) -> list[dict[str, str]]:
+        with open(self.folder / "results" / exp_dir / "bottle" / "history.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A workplace with one training of three epochs, exported."""
+    workplace = Workplace(tmp_path_factory.mktemp("workplace"))
+    workplace.training = workplace.train("exp", "--epochs", 3, "--batch_size", 16)
+    workplace.succeed(
+        "deploy/export_model.py", "-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir=exp", "--category=bottle"
+    )
+    return workplace
+
+
+@pytest.fixture
+def empty(tmp_path):
+    return Workplace(tmp_path)
+
+
+# ---- train.py
+
+
+def test_training_leaves_its_files(workplace):
+    folder = workplace.folder / "results/exp/bottle"
+    names = {path.name for path in folder.iterdir()}
+    expected = {"best.pdparams", "last.pdparams", "train.log", "config.yaml", "history.csv", "curves.png"}
+    assert expected <= names
+    assert not any(name.startswith(".") for name in names), "temporary files are left"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["input_size"] == 64
+    assert config["epochs"] == 3
+
+
+def test_training_logs_the_published_line(workplace):
+    pattern = (
+        r"bottle  Epoch 1 - iter:1/2 - lr:0\.001 - loss = -?\d+\.\d{3}/-?\d+\.\d{3} \(last/avg\) - "
+        r"avg_reader_cost: \d+\.\d{5} sec - avg_batch_cost: \d+\.\d{5} sec - avg_samples: 16 - "
+        r"avg_ips: \d+\.\d{5} images/sec"
+    )
+    log = (workplace.folder / "results/exp/bottle/train.log").read_text()
+    assert re.search(pattern, log)
+    assert log == workplace.training.stdout
+
+
+def test_training_without_weights_says_so_loudly(workplace):
+    assert "NO IMAGENET WEIGHTS" in workplace.training.stderr
+    assert "--backbone_weights" in workplace.training.stderr
+
+
+def test_same_seed_same_losses_other_seed_other_losses(workplace):
+    workplace.train("again", "--epochs", 2, "--batch_size", 16)
+    workplace.train("other", "--epochs", 1, "--batch_size", 16, "-o", "seed=1")
+    losses = [row["loss"] for row in workplace.history("exp")]
+    assert [row["loss"] for row in workplace.history("again")] == losses[:2]
+    assert workplace.history("other")[0]["loss"] != losses[0]
+
+
+def test_resume_goes_on_to_the_same_losses(workplace):
+    workplace.train("stopped", "--epochs", 2, "--batch_size", 16)
+    workplace.train("stopped", "--epochs", 3, "--batch_size", 16, "--resume")
+    whole, resumed = workplace.history("exp"), workplace.history("stopped")
+    for key in ("epoch", "loss", "image_auroc", "pixel_auroc"):
+        assert [row[key] for row in resumed] == [row[key] for row in whole], key
+
+
+def test_evaluates_every_n_epochs_and_at_the_end(workplace):
+    workplace.train("every2", "--epochs", 3, "--batch_size", 24, "--test_epochs", 2)
+    assert [bool(row["image_auroc"]) for row in workplace.history("every2")] == [False, True, True]
+
+
+def test_patience_stops(workplace):
+    done = workplace.train("patient", "--epochs", 40, "--batch_size", 24, "-o", "patience=1")
+    rows = workplace.history("patient")
+    assert len(rows) < 40
+    assert "no new best for 1 epochs" in done.stdout
+
+
+def test_divergence_is_one_line_and_keeps_the_last_good_checkpoint(workplace):
+    workplace.train("nan", "--epochs", 1, "--batch_size", 24)
+    before = (workplace.folder / "results/nan/bottle/last.pdparams").read_bytes()
+    options = ("-cfg", "configs/resnet18.yaml", "--data", "lite_data", "-cat", "bottle", *TINY, "--exp_dir", "nan")
+    line = workplace.fail("train.py", *options, "--resume", "--epochs", 3, "-o", "lr=1e30")
+    assert "diverged" in line
+    assert (workplace.folder / "results/nan/bottle/last.pdparams").read_bytes() == before
+
+
+# ---- eval.py
+
+
+def test_eval_prints_the_table_and_agrees_with_the_training(workplace):
+    done = workplace.succeed(
+        "eval.py", "-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "all", "--exp_dir", "exp/"
+    )
+    result = json.loads((workplace.folder / "results/exp/eval.json").read_text())
+    bottle = result["categories"]["bottle"]
+    best = workplace.history("exp")[bottle["epoch"] - 1]
+    assert math.isclose(bottle["image_auroc"], float(best["image_auroc"]), abs_tol=1e-6)
+    assert math.isclose(bottle["pixel_auroc"], float(best["pixel_auroc"]), abs_tol=1e-6)
+    assert result["mean"]["image_auroc"] == bottle["image_auroc"]
+    assert bottle["images"] == 26
+    assert bottle["anomalous_images"] == 18
+    assert bottle["backbone"]["source"] == "offline start"
+    row = f"{bottle['pixel_auroc']:.3f} +{bottle['image_auroc']:.3f}"
+    assert re.search(rf"bottle +{row}\nmean +{row}", done.stdout)
+
+
+def test_eval_last(workplace):
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "exp")
+    workplace.succeed("eval.py", *options, "--is_last")
+    bottle = json.loads((workplace.folder / "results/exp/eval.json").read_text())["categories"]["bottle"]
+    assert bottle["epoch"] == 3
+    assert bottle["checkpoint"].endswith("last.pdparams")
+
+
+def test_a_category_that_fails_does_not_stop_the_others(workplace, tmp_path):
+    for name in ("aaa", "bottle"):
+        (tmp_path / name).symlink_to(ROOT / "lite_data/bottle")
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", tmp_path, "-cat", "all", "--exp_dir", "exp")
+    done = workplace.run("eval.py", *options)
+    assert done.returncode != 0
+    assert "aaa" in done.stderr
+    assert "bottle" in done.stdout
+
+
+# ---- predict.py and deploy/infer.py
+
+
+def predict(workplace, *options):
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--category", "bottle", "--exp_dir", "exp")
+    return workplace.succeed("predict.py", *common, *options).stdout
+
+
+def test_predict_and_infer_print_the_same_score(workplace):
+    for name in ("bottle_good", "bottle_bad"):
+        first, second = predict(workplace, "--image_path", f"images/{name}.png").splitlines()
+        assert re.fullmatch(r"(Normal|Anomaly) - score:  \d\.\d{3}", first)
+        assert second == "可视化图在results/exp/bottle下"
+        options = ("-cfg", "configs/resnet18.yaml", "--save_inference_dir", "./results/inference")
+        done = workplace.succeed("deploy/infer.py", *options, "--use_gpu", "True", "--image_path", f"images/{name}.png")
+        assert done.stdout.strip() == first
+        if not paddle.is_compiled_with_cuda():
+            assert done.stderr.strip() == "warning: --use_gpu True: Paddle sees no GPU here; running on the CPU"
+    assert (workplace.folder / "results/exp/bottle/result.jpg").stat().st_size > 1000
+
+
+def test_the_threshold_decides(workplace):
+    assert predict(workplace, "--image_path", "images/bottle_bad.png", "--image_threshold", "0").startswith("Anomaly")
+    assert predict(workplace, "--image_path", "images/bottle_bad.png", "--image_threshold", "1").startswith("Normal")
+
+
+def test_predict_a_folder_and_a_pattern(workplace):
+    lines = predict(workplace, "--image_path", "lite_data/bottle/test/good").splitlines()
+    assert len(lines) == 9
+    assert lines[0].startswith("lite_data/bottle/test/good/000.png  ")
+    assert lines[-1] == "可视化图在results/exp/bottle/predictions下"
+    assert (workplace.folder / "results/exp/bottle/predictions/007.png.jpg").exists()
+    predict(workplace, "--image_path", "lite_data/bottle/test/*/000.png")
+    assert (workplace.folder / "results/exp/bottle/predictions/broken_small/000.png.jpg").exists()
+
+
+def test_infer_batches_give_the_same_scores(workplace):
+    options = ("--save_inference_dir=results/inference", "--image_path=lite_data/bottle/test/good")
+    single = workplace.succeed("deploy/infer.py", *options, "--batch_size=1").stdout
+    batched = workplace.succeed("deploy/infer.py", *options, "--batch_size=3", "--benchmark=True", "--warmup=1").stdout
+    assert len(single.splitlines()) == 8
+    assert batched.startswith(single)
+    for word in ("preprocess", "inference", "postprocess", "batch_size: 3", "precision", "device: cpu", "memory"):
+        assert word in batched
+
+
+def test_a_damaged_picture_does_not_stop_the_rest(workplace, tmp_path):
+    for name in ("000", "001", "002"):
+        shutil.copy(ROOT / f"lite_data/bottle/test/good/{name}.png", tmp_path)
+    (tmp_path / "001.png").write_bytes((tmp_path / "001.png").read_bytes()[:5000])
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--category", "bottle", "--exp_dir", "exp")
+    for script, options in (
+        ("predict.py", common),
+        ("deploy/infer.py", ("--save_inference_dir", "results/inference", "--batch_size", "2")),
+    ):
+        done = workplace.run(script, *options, "--image_path", tmp_path)
+        assert done.returncode != 0
+        assert done.stdout.count("score:") == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "001.png" in done.stderr
+
+
+def test_infer_needs_only_deploy_and_the_export(workplace, tmp_path):
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    command = [sys.executable, "deploy/infer.py", "--save_inference_dir", workplace.folder / "results/inference"]
+    command += ["--image_path", ROOT / "images/bottle_good.png", "--output_dir", "drawings"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "drawings/bottle_good.png.jpg").exists()
+
+
+def test_help_of_infer_does_not_import_paddle(workplace):
+    code = (
+        "import runpy, sys\nsys.argv = ['infer.py', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'deploy/infer.py')!r}, run_name='__main__')\n"
+        "except SystemExit: pass\nassert 'paddle' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_export_that_does_not_fit_its_description_is_refused(workplace, tmp_path):
+    shutil.copytree(workplace.folder / "results/inference", tmp_path / "model")
+    with open(tmp_path / "model/inference.pdiparams", "ab") as file:
+        file.write(b"x")
+    options = ("--save_inference_dir", tmp_path / "model", "--image_path", "images/bottle_good.png")
+    assert "inference.pdiparams" in workplace.fail("deploy/infer.py", *options)
+
+
+# ---- own data
+
+
+def test_own_category_without_masks(empty, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "lite_data/bottle/train", data / "my part/train")
+    shutil.copytree(ROOT / "lite_data/bottle/test", data / "my part/test")
+    options = ("-cfg", "configs/resnet18.yaml", "--data", data, *TINY, "--exp_dir", "exp", "-cat", "my part")
+    empty.succeed("train.py", *options, "--epochs", "1")
+    done = empty.succeed("eval.py", *options)
+    assert re.search(r"my part +n/a +\d\.\d{3}", done.stdout)
+    result = json.loads((empty.folder / "results/exp/eval.json").read_text())["categories"]["my part"]
+    assert result["pixel_auroc"] is None
+
+
+def test_train_sh(empty, tmp_path):
+    data = tmp_path / "data"
+    (data / "my part").mkdir(parents=True)
+    for name in ("train", "test"):
+        (data / "my part" / name).symlink_to(ROOT / "lite_data/bottle" / name)
+    (data / "bottle/train").mkdir(parents=True)  # a category that must fail
+    values = yaml.safe_load((ROOT / "configs/resnet18.yaml").read_text())
+    values.update(input_size=64, flow_step=1, pretrained="offline", epochs=1)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    for script in ("train.py", "eval.py"):
+        (empty.folder / script).symlink_to(ROOT / script)
+    environ = {**os.environ, "python": sys.executable, "data": str(data), "config": str(tmp_path / "tiny.yaml")}
+    command = ["sh", ROOT / "train.sh"]
+    done = subprocess.run(command, cwd=empty.folder, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0, "bottle has no pictures"
+    assert "wood skipped: no folder" in done.stderr
+    assert "bottle failed" in done.stderr
+    assert re.search(r"my part +n/a +\d\.\d{3}", done.stdout)
+
+
+# ---- bad input: one line, a non-zero code, and what was there before stays
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["-cat", "nut"], "nut"),
+        (["-cat", "bottle", "--data", "nowhere"], "nowhere"),
+        (["-cat", "bottle", "-cfg", "no.yaml"], "no.yaml"),
+        (["-cat", "bottle", "-o", "learning_rate=1"], "learning_rate"),
+        (["-cat", "bottle", "-o", "lr=fast"], "lr"),
+        (["-cat", "bottle", "-o", "epochs"], "epochs"),
+        (["-cat", "bottle", "--epochs", "0"], "--epochs"),
+        (["-cat", "bottle", "--device", "tpu"], "tpu"),
+        (["-cat", "bottle", "--device", "gpu:99"], "gpu:99"),
+        (["-cat", "bottle", "--backbone_weights", "no.npz"], "no.npz"),
+        (["-cat", "bottle", "--resume", "--exp_dir", "new"], "last.pdparams"),
+        (["-cat", "bottle", "--exp_dir", "images/bottle_good.png"], "bottle_good.png"),
+        (["-cat", "bottle", "--no_such_option"], "--no_such_option"),
+        ([], "--category"),
+    ],
+)
+def test_bad_options_of_train(empty, options, word):
+    if "images/bottle_good.png" in options:  # a file where the folder should be
+        (empty.folder / "results/images").mkdir(parents=True)
+        shutil.copy(ROOT / "images/bottle_good.png", empty.folder / "results/images")
+    common = ["-cfg", "configs/resnet18.yaml", "--data", "lite_data", *TINY]
+    assert word in empty.fail("train.py", *common, *options)
+    assert not list(empty.folder.glob("results/**/*.pdparams"))
+
+
+@pytest.mark.parametrize("damage", ["corrupt picture", "missing mask", "no test pictures"])
+def test_bad_data_damages_no_earlier_result(workplace, tmp_path, damage):
+    shutil.copytree(ROOT / "lite_data/bottle", tmp_path / "data/bottle")
+    bottle = tmp_path / "data/bottle"
+    if damage == "corrupt picture":
+        victim = bottle / "test/good/003.png"
+        victim.write_bytes(victim.read_bytes()[:3000])
+    elif damage == "missing mask":
+        victim = bottle / "ground_truth/broken_large/002_mask.png"
+        victim.unlink()
+    else:
+        victim = bottle / "test"
+        shutil.rmtree(victim)
+        victim.mkdir()
+    folder = workplace.folder / "results/exp/bottle"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    options = (
+        "-cfg",
+        "configs/resnet18.yaml",
+        *TINY,
+        "--data",
+        tmp_path / "data",
+        "-cat",
+        "bottle",
+        "--exp_dir",
+        "exp",
+    )
+    line = workplace.fail("train.py", *options, "--backbone_weights", npz(tmp_path))
+    assert victim.name in line
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def npz(folder: Path) -> Path:
+    """Some backbone weights, so that no warning of the offline start mixes with the error."""
+    from models.backbone import ResNet18Features
+
+    state = {name: value.numpy() for name, value in ResNet18Features().state_dict().items()}
+    np.savez(folder / "weights.npz", **state)
+    return folder / "weights.npz"
+
+
+def test_checkpoint_of_another_architecture(workplace):
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "-o", "flow_step=2", "--exp_dir", "exp")
+    for script, more in (
+        ("eval.py", ("--data", "lite_data", "-cat", "bottle")),
+        ("predict.py", ("-cat", "bottle", "--image_path", "images/bottle_good.png")),
+        ("deploy/export_model.py", ("-cat", "bottle")),
+    ):
+        line = workplace.fail(script, *options, *more)
+        assert "best.pdparams" in line
+        assert "nf_flows.0.module_list.1" in line
+
+
+def test_no_such_checkpoint_or_picture(workplace):
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "-cat", "bottle")
+    assert "nothing/bottle" in workplace.fail(
+        "predict.py", *common, "--exp_dir", "nothing", "--image_path", "images/bottle_good.png"
+    )
+    assert "no.png" in workplace.fail("predict.py", *common, "--exp_dir", "exp", "--image_path", "no.png")
+    assert "inference.yml" in workplace.fail(
+        "deploy/infer.py", "--save_inference_dir", "images", "--image_path", "images/bottle_good.png"
+    )

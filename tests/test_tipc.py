@@ -1,0 +1,460 @@
+"""The TIPC driver: the commands it makes of a config's lines, its logs, its exit code.
+
+The driver runs in a copy of test_tipc/ whose "python" only writes down how it was called, so
+that these tests take seconds and need neither Paddle nor data.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DRIVER = "test_tipc/test_train_inference_python.sh"
+PREPARE = "test_tipc/prepare.sh"
+OUR_CONFIG = "test_tipc/configs/fastflow/train_infer_python.txt"
+LITE = "lite_train_lite_infer"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC scripts need bash")
+
+FAKE_PYTHON = f"""#!{sys.executable}
+import json, os, sys
+words = sys.argv[1:]
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), words]), file=calls)
+print("hello from", *words)
+for name in os.environ.get("FAIL", "").split():
+    if name in words:
+        print("\\n".join(f"output line {{i}}" for i in range(30)))
+        sys.exit(f"{{name}} went wrong")
+"""
+
+LINES = {
+    1: "=====train_params=====",
+    2: "model_name:toy",
+    3: "python:fakepython",
+    4: "gpu_list:0",
+    5: "null:null",
+    6: "--epochs:lite_train_lite_infer=2|whole_train_whole_infer=500",
+    7: "--save:lite_train_lite_infer=out_lite/|whole_train_whole_infer=out_whole",
+    8: "--batch_size:4",
+    9: "null:null",
+    10: "train_model_name:null",
+    11: "--data:lite_train_lite_infer=./little|whole_train_whole_infer=./all|whole_infer=./all",
+    12: "##",
+    13: "trainer:norm_train",
+    14: "norm_train:train.py -c toy.yaml",
+    15: "##",
+    16: "=====eval_params=====",
+    17: "eval:eval.py -c toy.yaml --data ./little --save=out_lite",
+    18: "##",
+    19: "=====infer_params=====",
+    20: "--inference_dir:./inference/",
+    21: "null:null",
+    22: "norm_export:export.py --save out_lite",
+    23: "##",
+    24: "infer_model:old",
+    25: "infer_export:export.py --save exp",
+    26: "##",
+    27: "inference:infer.py",
+    28: "--use_gpu:True|False",
+    29: "--batch_size:1",
+    30: "--model_dir:null",
+    31: "--image:lite_train_lite_infer=good.png|whole_infer=./all/bottle/test",
+    32: "--benchmark:True",
+}
+
+
+class Repository:
+    """A folder with a copy of test_tipc/, a config, and a fake python on the PATH."""
+
+    def __init__(self, root):
+        self.root = root
+        shutil.copytree(ROOT / "test_tipc", root / "test_tipc", ignore=shutil.ignore_patterns("output"))
+        self.bin = root / "fake bin"
+        self.bin.mkdir()
+        self.python = self.bin / "fakepython"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+        self.calls_file = root / "calls.jsonl"
+        self.config()
+
+    def config(self, changes=None, end="\n"):
+        lines = {**LINES, **(changes or {})}
+        (self.root / "toy.txt").write_text("".join(lines[n] + end for n in sorted(lines)), newline="")
+
+    def run(self, mode=LITE, config="toy.txt", script=DRIVER, cwd=None, arguments=None, **environment):
+        self.calls_file.unlink(missing_ok=True)
+        inherited = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "python", "data")}
+        return subprocess.run(
+            ["bash", str(self.root / script), *([config, mode] if arguments is None else arguments)],
+            cwd=cwd or self.root,
+            env={**inherited, "PATH": f"{self.bin}:{os.environ['PATH']}", "CALLS": str(self.calls_file), **environment},
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    def calls(self):
+        """[(CUDA_VISIBLE_DEVICES or None, "the words after python")...] of the last run."""
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        return [(device, " ".join(words)) for device, words in map(json.loads, lines)]
+
+    def commands(self):
+        return [command for _, command in self.calls()]
+
+    def output(self, mode=LITE, model="toy"):
+        return self.root / "test_tipc" / "output" / model / mode
+
+    def results(self, mode=LITE):
+        return (self.output(mode) / "results_python.log").read_text().splitlines()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    root = tmp_path / "a repository"  # the blank is meant
+    root.mkdir()
+    return Repository(root)
+
+
+def make_category(folder, name="bottle"):
+    for part in ("train/good", "test/good"):
+        (folder / name / part).mkdir(parents=True)
+        (folder / name / part / "000.png").write_bytes(b"")
+
+
+def test_one_chain(repository):
+    done = repository.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    infer = "--batch_size=1 --model_dir=./inference --image=good.png --benchmark=True"
+    expected = [
+        "train.py -c toy.yaml --epochs=2 --save=out_lite --batch_size=4 --data=./little",
+        "eval.py -c toy.yaml --data ./little --save=out_lite",
+        "export.py --save out_lite --inference_dir=./inference",
+        f"infer.py --use_gpu=True {infer}",
+        f"infer.py --use_gpu=False {infer}",
+    ]
+    assert repository.calls() == [("0", command) for command in expected]
+    assert repository.results() == [f"Run successfully with command - fakepython {command}!" for command in expected]
+    for line in repository.results():
+        assert line in done.stdout
+    logs = {path.name for path in repository.output().iterdir()}
+    assert {"python_infer_cpu_batchsize_1.log", "python_infer_gpu_batchsize_1.log"} <= logs
+    log = (repository.output() / "python_infer_cpu_batchsize_1.log").read_text()
+    assert "hello from infer.py --use_gpu=False" in log and "--use_gpu=True" not in log
+
+
+@pytest.mark.parametrize(
+    "entry, device, start",
+    [
+        ("0", "0", "train.py"),
+        ("3", "3", "train.py"),
+        ("-1", "", "train.py"),
+        ("0,1", None, "-m paddle.distributed.launch --gpus=0,1 train.py"),
+        (
+            "10.0.0.1,10.0.0.2;2,3",
+            None,
+            "-m paddle.distributed.launch --ips=10.0.0.1,10.0.0.2 --gpus=2,3 train.py",
+        ),
+    ],
+)
+def test_gpu_list_forms(repository, entry, device, start):
+    repository.config({4: f"gpu_list:{entry}"})
+    assert repository.run().returncode == 0
+    (train_device, train), *others = repository.calls()
+    assert train_device == device
+    assert train == f"{start} -c toy.yaml --epochs=2 --save=out_lite --batch_size=4 --data=./little"
+    # The steps after the training are one process on the entry's first card.
+    first = {"10.0.0.1,10.0.0.2;2,3": "2", "0,1": "0", "-1": ""}.get(entry, entry)
+    assert len(others) == 4 and {other for other, _ in others} == {first}
+
+
+def test_several_entries_keep_their_results_apart(repository):
+    repository.config({4: "gpu_list:0|0,1|-1", 28: "--use_gpu:False"})
+    assert repository.run().returncode == 0
+    commands = repository.commands()
+    assert len(commands) == 12
+    suffixes = ["_run1_gpus_0", "_run2_gpus_0_1", "_run3_cpu"]
+    for suffix, (train, evaluate, export, infer) in zip(
+        suffixes, [commands[i : i + 4] for i in (0, 4, 8)], strict=True
+    ):
+        assert f"--save=out_lite{suffix} " in train
+        assert evaluate.endswith(f"--save=out_lite{suffix}")
+        assert export == f"export.py --save out_lite{suffix} --inference_dir=./inference{suffix}"
+        assert f"--model_dir=./inference{suffix} " in infer
+    assert "--gpus=0,1" in commands[4]
+    # One log holds the three inferences of this run.
+    log = (repository.output() / "python_infer_cpu_batchsize_1.log").read_text()
+    assert log.count("hello from infer.py") == 3
+
+
+@pytest.mark.parametrize(
+    "gpu_list, line, expected",
+    [
+        ("-1", "--use_gpu:True", ["--use_gpu=False"]),
+        ("-1", "--use_gpu:null", ["--use_gpu=False"]),
+        ("-1", "null:null", [""]),
+        ("0", "--use_gpu:True", ["--use_gpu=True"]),
+        ("0", "--use_gpu:null", [""]),
+        ("0|0,1", "--use_gpu:a|b", ["--use_gpu=a", "--use_gpu=b"]),
+        ("0|0,1", "--use_gpu:a", ["--use_gpu=a", "--use_gpu=a"]),
+    ],
+)
+def test_use_gpu_key(repository, gpu_list, line, expected):
+    repository.config({4: f"gpu_list:{gpu_list}", 5: line})
+    assert repository.run().returncode == 0
+    for script in ("train.py", "eval.py"):
+        found = [
+            " ".join(word for word in command.split() if word.startswith("--use_gpu"))
+            for command in repository.commands()
+            if f"{script} " in command
+        ]
+        assert found == expected
+
+
+def test_null_lines_are_left_out(repository):
+    repository.config({
+        6: "null:2", 8: "--batch_size:null", 17: "eval:null", 20: "null:null", 22: "norm_export:null",
+        28: "null:null", 29: "null:null", 30: "--model_dir:ready", 31: "null:null", 32: "--benchmark:null",
+    })  # fmt: skip
+    assert repository.run().returncode == 0
+    assert repository.commands() == [
+        "train.py -c toy.yaml --save=out_lite --data=./little",
+        "infer.py --model_dir=ready",
+    ]
+
+
+def test_lists_of_the_inference_lines(repository):
+    repository.config({29: "--batch_size:1|4", 32: "--benchmark:False"})
+    assert repository.run().returncode == 0
+    infer = [command.split()[1:3] for command in repository.commands() if command.startswith("infer.py")]
+    assert infer == [[f"--use_gpu={gpu}", f"--batch_size={n}"] for gpu in ("True", "False") for n in (1, 4)]
+    for where in ("cpu", "gpu"):
+        for number in (1, 4):
+            log = repository.output() / f"python_infer_{where}_batchsize_{number}.log"
+            assert f"--batch_size={number} " in log.read_text()
+
+
+def test_pretrained_keys_and_several_trainers(repository):
+    repository.config({
+        9: "-o pretrained:start.pdparams", 10: "train_model_name:best", 21: "--weights:null",
+        13: "trainer:norm_train|amp_train", 15: "amp_train:train.py --amp", 28: "--use_gpu:False",
+    })  # fmt: skip
+    assert repository.run().returncode == 0
+    commands = repository.commands()
+    assert len(commands) == 8
+    assert "-o pretrained=start.pdparams" in commands[0]
+    assert commands[1].endswith("--save=out_lite_run1_gpus_0 -o pretrained=out_lite_run1_gpus_0/best")
+    assert "--weights=out_lite_run1_gpus_0/best" in commands[2]
+    assert commands[4].startswith("train.py --amp") and "--save=out_lite_run2_gpus_0 " in commands[4]
+
+
+def test_values_of_the_mode(repository):
+    assert repository.run(mode="whole_train_whole_infer").returncode == 0
+    commands = repository.commands()
+    assert commands[0] == "train.py -c toy.yaml --epochs=500 --save=out_whole --batch_size=4 --data=./all"
+    # Options that the config's other commands name follow the mode.
+    assert commands[1] == "eval.py -c toy.yaml --data ./all --save=out_whole"
+    assert commands[2] == "export.py --save out_whole --inference_dir=./inference"
+    # Line 31 does not name this mode: the option is left out.
+    assert commands[3] == "infer.py --use_gpu=True --batch_size=1 --model_dir=./inference --benchmark=True"
+    assert len(repository.results("whole_train_whole_infer")) == 5
+
+    assert repository.run(mode="lite_train_whole_infer").returncode == 0
+    assert repository.commands()[0] == "train.py -c toy.yaml --batch_size=4"
+
+
+def test_whole_infer(repository):
+    assert repository.run(mode="whole_infer", data="/big disk/mvtec").returncode == 0
+    assert [command for command in repository.commands() if "use_gpu=True" not in command] == [
+        "eval.py -c toy.yaml --data /big disk/mvtec --save=old",
+        "export.py --save old --inference_dir=./inference",
+        "infer.py --use_gpu=False --batch_size=1 --model_dir=./inference"
+        " --image=/big disk/mvtec/bottle/test --benchmark=True",
+    ]
+    assert "--data '/big disk/mvtec' " in repository.results("whole_infer")[0]
+
+    # Two models; the second is an inference model already.
+    repository.config({24: "infer_model:old|ready", 25: "infer_export:export.py|null", 28: "--use_gpu:False"})
+    assert repository.run(mode="whole_infer").returncode == 0
+    assert [command.split()[0] for command in repository.commands()] == ["eval.py", "export.py", "infer.py", "infer.py"]
+    assert "--model_dir=./inference_run1 " in repository.commands()[2]
+    assert "--model_dir=ready " in repository.commands()[3]
+
+
+def test_data_variable_is_for_the_whole_modes(repository):
+    assert repository.run(data="elsewhere").returncode == 0
+    assert "--data=./little" in repository.commands()[0]
+    assert repository.run(mode="whole_train_whole_infer", data="elsewhere").returncode == 0
+    assert "--data=elsewhere" in repository.commands()[0]
+    assert "--data elsewhere" in repository.commands()[1]
+
+
+def test_python_variable_blanks_and_quotes(repository):
+    repository.config(
+        {3: "python:no-such-python", 14: 'norm_train:train.py -c "my toy.yaml"', 31: "--image:a picture.png"}
+    )
+    done = repository.run(python=str(repository.python))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--image=a picture.png" in repository.commands()[3]
+    assert json.loads(repository.calls_file.read_text().splitlines()[0])[1][:3] == ["train.py", "-c", "my toy.yaml"]
+    assert "train.py -c 'my toy.yaml' --epochs=2" in repository.results()[0]
+
+
+def test_nothing_in_the_config_is_executed(repository):
+    repository.config({14: "norm_train:train.py $(touch made) `touch made` ; touch made", 31: "--image:$(touch made)"})
+    assert repository.run().returncode == 0
+    assert not (repository.root / "made").exists()
+
+
+def test_windows_line_ends_and_other_folder(repository, tmp_path):
+    repository.config(end="\r\n")
+    done = repository.run(config=str(repository.root / "toy.txt"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert repository.commands()[0].endswith("--data=./little")
+    assert repository.run(cwd=tmp_path).returncode == 0  # relative to the root as well
+
+
+@pytest.mark.parametrize(
+    "script, states",
+    [
+        ("train.py", ["failed", "skipped", "skipped", "skipped", "skipped"]),
+        ("eval.py", ["ok", "failed", "ok", "ok", "ok"]),
+        ("export.py", ["ok", "ok", "failed", "skipped", "skipped"]),
+        ("infer.py", ["ok", "ok", "ok", "failed", "failed"]),
+        ("--use_gpu=True", ["ok", "ok", "ok", "failed", "ok"]),
+    ],
+)
+def test_failures(repository, script, states):
+    done = repository.run(FAIL=script)
+    assert done.returncode == 1
+    starts = {"ok": "Run successfully with", "failed": "Run failed with", "skipped": "Run skipped"}
+    scripts = ["train.py", "eval.py", "export.py", "infer.py", "infer.py"]
+    results = repository.results()
+    assert len(results) == len(states)
+    for line, state, name in zip(results, states, scripts, strict=True):
+        assert line.startswith(starts[state]) and f"command - fakepython {name} " in line and line.endswith("!")
+        assert line in done.stdout
+    assert len(repository.calls()) == len(states) - states.count("skipped")
+    # The last output lines of what failed are shown at the end.
+    summary = done.stdout.split("commands did not succeed:")[1]
+    assert f"{script} went wrong" in summary and "output line 29" in summary and "output line 3\n" not in summary
+
+
+def test_a_failed_entry_does_not_stop_the_next(repository):
+    repository.config({4: "gpu_list:0|-1", 5: "--use_gpu:True"})
+    assert repository.run(FAIL="--save=out_lite_run1_gpus_0").returncode == 1
+    assert [line.split()[1] for line in repository.results()] == ["failed"] + ["skipped"] * 4 + ["successfully"] * 5
+
+
+def test_a_run_does_not_inherit_an_old_log(repository):
+    assert repository.run(FAIL="infer.py").returncode == 1
+    old = repository.output() / "python_infer_gpu_batchsize_8.log"
+    old.write_text("old")
+    other = repository.output("whole_infer")
+    other.mkdir()
+    (other / "results_python.log").write_text("another mode's")
+    assert repository.run().returncode == 0
+    assert len(repository.results()) == 5 and not any("failed" in line for line in repository.results())
+    assert "went wrong" not in (repository.output() / "python_infer_gpu_batchsize_1.log").read_text()
+    assert not old.exists()
+    assert (other / "results_python.log").read_text() == "another mode's"
+
+
+@pytest.mark.parametrize("script", [DRIVER, PREPARE])
+def test_wrong_arguments(repository, script):
+    for changes, arguments, expected in [
+        ({}, ["toy.txt", "lite"], "unknown mode 'lite'"),
+        ({}, ["missing.txt", LITE], "no such config: missing.txt"),
+        ({}, ["toy.txt"], "usage: "),
+        ({4: "gpu:0"}, ["toy.txt", LITE], "line 4 should be 'gpu_list:...'"),
+        ({12: "##\n##"}, ["toy.txt", LITE], "line 13 should be 'trainer:...'"),
+    ]:
+        repository.config(changes)
+        done = repository.run(script=script, arguments=arguments)
+        assert done.returncode == 2
+        assert done.stdout == "" and expected in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert repository.calls() == []
+
+
+def test_short_config_and_unknown_trainer(repository):
+    (repository.root / "toy.txt").write_text("model_name:toy\n")
+    done = repository.run()
+    assert done.returncode == 2 and "1 lines, 32 are expected" in done.stderr
+    repository.config({13: "trainer:norm_train|ptq_train"})
+    done = repository.run()
+    assert done.returncode == 2 and "'ptq_train'" in done.stderr
+    assert repository.calls() == []
+
+
+def test_our_config_drives_our_scripts(repository):
+    """The committed config, all modes: the options it gives are those the scripts take."""
+    expected_data = {
+        LITE: "./lite_data",
+        "lite_train_whole_infer": "./lite_data",
+        "whole_train_whole_infer": "./data",
+    }
+    for mode, data in expected_data.items():
+        done = repository.run(mode=mode, config=OUR_CONFIG, python=str(repository.python))
+        assert done.returncode == 0, done.stdout + done.stderr
+        train, evaluate, export, *infer = repository.commands()
+        assert train.startswith("train.py -cfg ./configs/resnet18.yaml -cat bottle --epochs=")
+        assert f"--exp_dir=tipc_{mode} " in train and train.endswith(f"--data={data}")
+        assert evaluate == f"eval.py -cfg ./configs/resnet18.yaml -cat bottle --data {data} --exp_dir tipc_{mode}"
+        assert export == (
+            "deploy/export_model.py -cfg configs/resnet18.yaml --category bottle"
+            f" --exp_dir tipc_{mode} --save_inference_dir=./results/tipc_inference"
+        )
+        assert [command.split()[3] for command in infer] == ["--use_gpu=True", "--use_gpu=False"]
+        assert all("--save_inference_dir=./results/tipc_inference" in command for command in infer)
+        assert (repository.output(mode, "fastflow") / "python_infer_gpu_batchsize_1.log").exists()
+
+    done = repository.run(mode="whole_infer", config=OUR_CONFIG, python=str(repository.python))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [command.split()[0] for command in repository.commands()] == [
+        "eval.py", "deploy/export_model.py", "deploy/infer.py", "deploy/infer.py",
+    ]  # fmt: skip
+    assert "--exp_dir exp" in repository.commands()[0] and "--exp_dir exp " in repository.commands()[1]
+
+
+def test_prepare_lite(repository):
+    make_category(repository.root / "lite_data")
+    for mode in (LITE, "lite_train_whole_infer"):
+        done = repository.run(mode, OUR_CONFIG, PREPARE, python=str(repository.python), data="ignored")
+        assert done.returncode == 0 and "./lite_data (bottle)" in done.stdout
+        assert repository.calls() == []  # nothing had to be made
+
+
+def test_prepare_makes_missing_lite_data(repository):
+    done = repository.run(LITE, OUR_CONFIG, PREPARE, python=str(repository.python))
+    assert repository.commands() == ["-m datasets.lite_data"]
+    assert done.returncode == 2 and "./lite_data" in done.stderr  # the fake python made nothing
+
+
+def test_prepare_whole(repository):
+    mode = "whole_train_whole_infer"
+    done = repository.run(mode, OUR_CONFIG, PREPARE)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "MVTec AD" in done.stderr and "./data" in done.stderr and "data=" in done.stderr
+    make_category(repository.root / "data", "screw")
+    done = repository.run(mode, OUR_CONFIG, PREPARE)
+    assert done.returncode == 2 and "'bottle'" in done.stderr and "screw" in done.stderr
+    make_category(repository.root / "my data")
+    done = repository.run(mode, OUR_CONFIG, PREPARE, data="my data/")
+    assert done.returncode == 0 and "my data (bottle)" in done.stdout
+
+
+def test_prepare_whole_infer_needs_a_checkpoint(repository):
+    make_category(repository.root / "data")
+    done = repository.run("whole_infer", OUR_CONFIG, PREPARE)
+    assert done.returncode == 2 and "results/exp/bottle/best.pdparams is missing" in done.stderr
+    checkpoint = repository.root / "results/exp/bottle/best.pdparams"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"")
+    done = repository.run("whole_infer", OUR_CONFIG, PREPARE)
+    assert done.returncode == 0 and "results/exp/bottle/best.pdparams" in done.stdout

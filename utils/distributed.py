@@ -1,0 +1,69 @@
+"""Data-parallel training on Paddle's own engine, started by `python -m paddle.distributed.launch ... train.py ...`.
+
+Every process holds the whole model and computes its share of each global batch; gradients, and the batch statistics
+of the norms, are summed over the processes, so that the result is that of one process. With one process nothing
+here does anything.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor, nn
+
+
+def start() -> None:
+    """Join the processes that the launcher started."""
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        dist.init_parallel_env()
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that evaluates and writes."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def share(batch: np.ndarray) -> tuple[np.ndarray, float]:
+    """This process's part of a global batch of picture indices, and the part's weight in the batch's mean.
+
+    A batch with fewer pictures than processes is computed whole by each of them, with equal weights.
+    """
+    if len(batch) < processes():
+        return batch, 1 / processes()
+    part = np.array_split(batch, processes())[dist.get_rank()] if processes() > 1 else batch
+    return part, len(part) / len(batch)
+
+
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, in one exchange."""
+    tensors = list(tensors)
+    if processes() == 1 or not tensors:
+        return
+    flat = paddle.concat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = paddle.split(flat, [tensor.size for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.set_value(part.reshape(tensor.shape))
+
+
+def same_start(model: nn.Layer) -> None:
+    """Give every process the first one's parameters and buffers."""
+    if processes() > 1:
+        for tensor in model.state_dict(include_sublayers=True).values():
+            dist.broadcast(tensor, 0)
+
+
+def from_first(compute: Callable[[], tuple]) -> tuple:
+    """What `compute` gives in the first process, in all of them; it runs there only."""
+    if processes() == 1:
+        return compute()
+    box = [compute() if is_first() else ()]  # a list of one, which the exchange fills
+    dist.broadcast_object_list(box, 0)
+    return box[0]
