@@ -90,8 +90,10 @@ def main() -> None:
                 model, optimizer, train_features, config, epoch, lambda line: logger.info(f"{category.name}  {line}")
             )
             image = pixel = None
+            measured = ""
             if epoch % config.eval_interval == 0 or epoch == config.epochs:
                 image, pixel = distributed.from_first(lambda: measure(score_images(model, test_features), truth))
+                measured = f" - pixel auroc: {figure(pixel)} - image auroc: {figure(image)}"
             selection = selection_value(image, pixel, config.selection_weights)
             seconds = time.perf_counter() - started
             history.append(EpochRow(epoch, loss, optimizer.get_lr(), image, pixel, selection, seconds))
@@ -110,10 +112,9 @@ def main() -> None:
                 save_checkpoint(folder / "best.pdparams", content)
             save_checkpoint(folder / "last.pdparams", content)  # after best: a resumed epoch writes both again
             write_csv(folder / "history.csv", history)
-            logger.info(
-                f"{category.name}  Epoch {epoch} - loss = {loss:.3f} - pixel auroc: {figure(pixel)} - "
-                f"image auroc: {figure(image)} - best epoch: {best_row(history).epoch} - {seconds:.1f} sec"
-            )
+            best_epoch = best_row(history).epoch
+            summary = f"Epoch {epoch} - loss = {loss:.3f}{measured} - best epoch: {best_epoch} - {seconds:.1f} sec"
+            logger.info(f"{category.name}  {summary}")
     if distributed.is_first():
         draw_curves(folder / "curves.png", history, category.name)
     logger.info(f"{category.name}  checkpoints, history.csv and curves.png are in {folder}")

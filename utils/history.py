@@ -71,12 +71,11 @@ def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
         if measured:
             label = name.replace("_auroc", " AUROC")
             right.plot([r.epoch for r in measured], [getattr(r, name) for r in measured], marker=".", label=label)
-            right.legend()
     right.set(title=f"{title}: test set", xlabel="epoch", ylabel="AUROC")
     best = best_row(history)
     if best and best.selection is not None:
-        right.axvline(best.epoch, color="grey", linestyle=":")
-        right.text(best.epoch, right.get_ylim()[0], f" best: epoch {best.epoch}", va="bottom")
+        right.axvline(best.epoch, color="grey", linestyle=":", label=f"best: epoch {best.epoch}")
+        right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
     write_whole(path, lambda name: figure.savefig(name, dpi=100))
