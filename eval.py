@@ -55,16 +55,17 @@ def evaluate(config: Config, data: Path, name: str, folder: Path, is_last: bool)
     from datasets.mvtec import load_category, load_ground_truth
     from utils.checkpoint import load_model
     from utils.evaluation import measure, score_images
-    from utils.features import FeatureCache
+    from utils.features import CacheBudget, FeatureCache
 
     category = load_category(data, name)
     path = folder / ("last.pdparams" if is_last else "best.pdparams")
     model, checkpoint = load_model(config, path)
     truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
     paths = [image.path for image in category.test]
-    image, pixel = measure(
-        score_images(model, FeatureCache(model.feature_extractor, paths, config.input_size, name)), truth
+    features = FeatureCache(
+        model.feature_extractor, paths, config.input_size, CacheBudget.from_options(None, None), name
     )
+    image, pixel = measure(score_images(model, features), truth)
     backbone = checkpoint.get("backbone")
     return {
         "pixel_auroc": pixel,

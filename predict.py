@@ -36,7 +36,7 @@ def main() -> int:
     for path in images:
         try:
             picture = read_rgb(path)
-            batch = preprocess(picture, config.input_size, config.input_size)[None]
+            batch = preprocess(picture, config.input_size, config.input_size)
             with paddle.no_grad():
                 _, smoothed, score = model(paddle.to_tensor(batch))
             drawing = draw_result(

@@ -1,6 +1,7 @@
 """Train one category: python train.py -cfg ./configs/resnet18.yaml --data ./data --exp_dir exp -cat bottle"""
 
 import argparse
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from deploy.cli import UserError, positive_int, run_main
 from deploy.files import make_folder, write_text
 from utils.history import EpochRow, best_row, draw_curves, selection_value, write_csv
 from utils.log import make_logger
-from utils.options import add_category, add_data, common_parser, start
+from utils.options import add_cache, add_category, add_data, common_parser, start
 from utils.results import describe_backbone, experiment_folder, figure
 
 
@@ -21,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser = common_parser("Train FastFlow on the good pictures of one category.")
     add_category(parser, "name of the category's folder under --data")
     add_data(parser)
+    add_cache(parser)
     parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's")
     parser.add_argument("--batch_size", type=positive_int, help="instead of the config's")
     parser.add_argument(
@@ -43,7 +45,7 @@ def main() -> None:
     from utils import distributed
     from utils.checkpoint import load_checkpoint, published_state, save_checkpoint, set_published_state
     from utils.evaluation import measure, score_images
-    from utils.features import FeatureCache
+    from utils.features import CacheBudget, FeatureCache
     from utils.training import build_optimizer, train_epoch
 
     distributed.start()
@@ -67,9 +69,12 @@ def main() -> None:
     else:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
     distributed.same_start(model)
-    train_features = FeatureCache(model.feature_extractor, category.train, config.input_size, "features of train")
-    test_paths = [image.path for image in category.test]
-    test_features = FeatureCache(model.feature_extractor, test_paths, config.input_size, "features of test")
+    budget = CacheBudget.from_options(args.cache_memory, args.cache_disk)
+    backbone_layer, size = model.feature_extractor, config.input_size
+    train_features = FeatureCache(backbone_layer, category.train, size, budget, "features of train")
+    test_features = FeatureCache(backbone_layer, [image.path for image in category.test], size, budget, "of test")
+    if args.verbose:
+        print(f"features kept in: {train_features.place} (train), {test_features.place} (test)", file=sys.stderr)
 
     # ---- training
     logger = make_logger(folder / "train.log", append=args.resume, silent=not distributed.is_first())

@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from deploy.cli import UserError, warn
-from deploy.imaging import is_image, list_images, preprocess, read_mask, read_rgb
+from deploy.imaging import is_image, list_images, read_mask, read_rgb, resize
 
 # The order in which the published tables list the categories.
 MVTEC_CATEGORIES = [
@@ -130,8 +129,7 @@ def load_ground_truth(test: Sequence[TestImage], input_size: int, rule: str) -> 
     masks = np.zeros((len(test), input_size, input_size), dtype=bool)
     for i, image in enumerate(test):
         if image.mask is not None:
-            mask = cv2.resize(read_mask(image.mask), (input_size, input_size), interpolation=cv2.INTER_LINEAR)
-            masks[i] = mask >= lowest
+            masks[i] = resize(read_mask(image.mask), input_size, input_size) >= lowest
             if not masks[i].any():
                 warn(f"{image.mask}: no pixel is left of this mask under mask_rule: {rule}")
     labels = masks.any(axis=(1, 2)) if rule == "published" else from_folder
@@ -139,14 +137,14 @@ def load_ground_truth(test: Sequence[TestImage], input_size: int, rule: str) -> 
 
 
 def read_batches(paths: Sequence[Path], batch_size: int, input_size: int) -> Iterator[np.ndarray]:
-    """Normalised pictures (B, 3, input_size, input_size) float32 in the order of `paths`; the last batch may be short.
+    """Resized pictures (B, input_size, input_size, 3) uint8 RGB in the order of `paths`; the last batch may be short.
 
     Raises:
         UserError: a picture cannot be read.
     """
 
     def read(path: Path) -> np.ndarray:
-        return preprocess(read_rgb(path), input_size, input_size)
+        return resize(read_rgb(path), input_size, input_size)
 
     with ThreadPoolExecutor(READERS) as pool:
         pending = [pool.submit(read, path) for path in paths[: 2 * batch_size]]

@@ -105,12 +105,20 @@ def _decode_16_bit_tiff(path: Path) -> np.ndarray | None:
     return cv2.cvtColor(array, cv2.COLOR_BGR2RGB)
 
 
+def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) or (H, W) uint8 -> the same with height and width, bilinear."""
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def normalise(pictures: np.ndarray) -> np.ndarray:
+    """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32: to [0, 1], minus ImageNet's mean, over its deviation."""
+    scaled = pictures.astype(np.float32) / 255.0
+    return np.ascontiguousarray(((scaled - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2))
+
+
 def preprocess(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (3, height, width) float32: bilinear resize, [0, 1], ImageNet normalisation."""
-    resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
-    scaled = resized.astype(np.float32) / 255.0
-    normalised = (scaled - np.float32(MEAN)) / np.float32(STD)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    """(H, W, 3) uint8 RGB -> (1, 3, height, width) float32, what the model takes."""
+    return normalise(resize(picture, height, width)[None])
 
 
 def decision_line(score: float, threshold: float) -> str:

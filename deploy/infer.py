@@ -78,7 +78,7 @@ def main() -> int:
                 report_error(error)  # the other pictures still count
         if not pictures:
             continue
-        batch = np.stack([preprocess(picture, height, width) for picture in pictures.values()])
+        batch = np.concatenate([preprocess(picture, height, width) for picture in pictures.values()])
         read = time.perf_counter()
         _, smoothed, scores = model.run(batch)
         run = time.perf_counter()

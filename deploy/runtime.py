@@ -22,9 +22,11 @@ def setup(verbose: bool = False) -> dict[str, str]:
     Returns:
         the variables that matter and their values, as printed on stderr when `verbose`.
     """
+    # paddle.distributed.launch tells how many processes share this machine
+    threads = max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))
     defaults = {
         # Paddle's CPU build starts with one thread.
-        "OMP_NUM_THREADS": str(available_cores()),
+        "OMP_NUM_THREADS": str(threads),
         # Paddle's start-up notes are INFO and WARNING lines of glog.
         "GLOG_minloglevel": "2",
     }
@@ -63,6 +65,22 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     except (OSError, ValueError):
         pass  # no cgroup limit to read: the affinity stands
     return max(cores, 1)
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of main memory that this process can still take, a cgroup (v2) limit included."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = 4 * 2**30  # not Linux: a careful guess
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no cgroup limit to read
+    return max(free, 0)
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:

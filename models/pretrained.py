@@ -14,6 +14,7 @@ from tqdm import tqdm
 from datasets.mvtec import read_batches
 from deploy.cli import UserError, warn
 from deploy.files import write_whole
+from deploy.imaging import normalise
 from models.offline_start import calibrated_start
 from utils.config import Config
 from utils.pickles import load_pickle
@@ -60,7 +61,8 @@ def load_backbone(
         except UserError as error:
             warn(str(error))
     chosen = training_images[:: max(1, len(training_images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-    calibrated_start(backbone, next(read_batches(chosen, CALIBRATION_IMAGES, config.input_size)), config.seed)
+    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.input_size))
+    calibrated_start(backbone, normalise(pictures), config.seed)
     print(OFFLINE_WARNING, file=sys.stderr, flush=True)
     return {"source": OFFLINE, "file": None, "sha256": None}
 

@@ -109,6 +109,12 @@ def test_same_seed_same_losses_other_seed_other_losses(workplace):
     assert workplace.history("other")[0]["loss"] != losses[0]
 
 
+def test_losses_do_not_depend_on_the_cache(workplace):
+    workplace.train("uncached", "--epochs", 3, "--batch_size", 16, "--cache_memory", 0, "--cache_disk", 0)
+    losses = [[float(row["loss"]) for row in workplace.history(name)] for name in ("uncached", "exp")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_resume_goes_on_to_the_same_losses(workplace):
     workplace.train("stopped", "--epochs", 2, "--batch_size", 16)
     workplace.train("stopped", "--epochs", 3, "--batch_size", 16, "--resume")

@@ -1,7 +1,13 @@
-"""Backbone features of a list of pictures. The backbone is frozen and nothing is augmented: computed once."""
+"""Backbone features of a list of pictures. The backbone is frozen and nothing is augmented: they are computed once."""
 
+import math
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import paddle
@@ -9,35 +15,112 @@ from paddle import Tensor, nn
 from tqdm import tqdm
 
 from datasets.mvtec import read_batches
+from deploy.imaging import normalise
+from deploy.runtime import available_memory
 
-CACHING_BATCH = 8  # pictures a pass; the result does not depend on it
+CACHING_BATCH = 8  # pictures a pass
+
+
+@dataclass
+class CacheBudget:
+    """What caches may still take, in bytes; each cache subtracts what it takes."""
+
+    memory: float
+    disk: float
+
+    @classmethod
+    def from_options(cls, memory_gib: float | None, disk_gib: float | None) -> "CacheBudget":
+        """Limits in GiB; None is half of what is free now, in main memory or in the folder of temporary files."""
+        memory = available_memory() / 2 if memory_gib is None else memory_gib * 2**30
+        disk = shutil.disk_usage(tempfile.gettempdir()).free / 2 if disk_gib is None else disk_gib * 2**30
+        return cls(memory, disk)
 
 
 class FeatureCache:
-    """The backbone's feature maps of pictures, one (N, C, h, w) float32 array per scale, in main memory."""
+    """The backbone's feature maps of pictures, kept in the first of these places that has room:
 
-    def __init__(self, backbone: nn.Layer, paths: Sequence[Path], input_size: int, description: str) -> None:
-        """Read the pictures and run the backbone once.
+    * `memory`: the features, in main memory;
+    * `file`: the features, in a memory-mapped temporary file that vanishes with the process;
+    * `pictures`: the decoded and resized pictures in main memory, features are computed for each batch;
+    * `nothing`: pictures are read, and features computed, for each batch.
+
+    `place` says which one it is.
+    """
+
+    def __init__(
+        self, backbone: nn.Layer, paths: Sequence[Path], input_size: int, budget: CacheBudget, description: str
+    ) -> None:
+        """Read all pictures once, so that a damaged one shows here.
 
         Raises:
             UserError: a picture cannot be read.
         """
-        self.maps: list[np.ndarray] = []
-        self._count = len(paths)
-        start = 0
-        with tqdm(total=len(paths), desc=description, unit="image", disable=None, leave=False) as bar:
-            for images in read_batches(paths, CACHING_BATCH, input_size):
-                features = [x.numpy() for x in backbone(paddle.to_tensor(images))]
-                if not self.maps:
-                    self.maps = [np.empty((len(paths), *x.shape[1:]), np.float32) for x in features]
-                for whole, part in zip(self.maps, features, strict=True):
-                    whole[start : start + len(part)] = part
-                start += len(images)
-                bar.update(len(images))
+        self._backbone, self._paths, self._input_size = backbone, list(paths), input_size
+        shapes = [x.shape[1:] for x in backbone(paddle.zeros([1, 3, input_size, input_size]))]
+        size = 4 * len(paths) * sum(math.prod(shape) for shape in shapes)  # bytes of float32
+        picture_bytes = len(paths) * input_size * input_size * 3
+        self._features: list[np.ndarray] = []
+        self._pictures: np.ndarray | None = None
+        if size <= budget.memory:
+            self.place = "memory"
+            self._features = [np.empty((len(paths), *shape), np.float32) for shape in shapes]
+            budget.memory -= size
+        elif size <= budget.disk and (file := _temporary_file(size)) is not None:
+            self.place = "file"
+            self._features = _map_arrays(file, len(paths), shapes)
+            budget.disk -= size
+        elif picture_bytes <= budget.memory:
+            self.place = "pictures"
+            self._pictures = np.empty((len(paths), input_size, input_size, 3), np.uint8)
+            budget.memory -= picture_bytes
+        else:
+            self.place = "nothing"
+        self._fill(description)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._paths)
 
     def batch(self, indices: np.ndarray) -> list[Tensor]:
         """Features of these pictures, (B, C, h, w) per scale, on the device."""
-        return [paddle.to_tensor(maps[indices]) for maps in self.maps]
+        if self._features:
+            return [paddle.to_tensor(maps[indices]) for maps in self._features]
+        if self._pictures is not None:
+            return self._compute(self._pictures[indices])
+        return self._compute(next(read_batches([self._paths[i] for i in indices], len(indices), self._input_size)))
+
+    def _compute(self, pictures: np.ndarray) -> list[Tensor]:
+        """(B, H, W, 3) uint8 -> features, (B, C, h, w) per scale."""
+        return self._backbone(paddle.to_tensor(normalise(pictures)))
+
+    def _fill(self, description: str) -> None:
+        start = 0
+        with tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False) as bar:
+            for pictures in read_batches(self._paths, CACHING_BATCH, self._input_size):
+                end = start + len(pictures)
+                if self._features:
+                    for whole, part in zip(self._features, self._compute(pictures), strict=True):
+                        whole[start:end] = part.numpy()
+                elif self._pictures is not None:
+                    self._pictures[start:end] = pictures
+                bar.update(end - start)
+                start = end
+
+
+def _temporary_file(size: int) -> IO[bytes] | None:
+    """A file without a name of `size` bytes, or None if the disk has no room after all."""
+    file = tempfile.TemporaryFile(prefix="fastflow-features-")  # noqa: SIM115  (it outlives this function)
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)  # writing to a mapped file on a full disk would kill the process
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _map_arrays(file: IO[bytes], count: int, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """float32 arrays (count, *shape), one behind the other in the file."""
+    arrays, offset = [], 0
+    for shape in shapes:
+        arrays.append(np.memmap(file, np.float32, "r+", offset, (count, *shape)))
+        offset += arrays[-1].nbytes
+    return arrays

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from deploy import runtime
-from deploy.cli import ArgumentParser
+from deploy.cli import ArgumentParser, non_negative_float
 from utils.config import Config, load_config
 
 
@@ -34,6 +34,17 @@ def add_category(parser: ArgumentParser, help_text: str) -> None:
 def add_data(parser: ArgumentParser) -> None:
     """Add --data."""
     parser.add_argument("--data", default="./data", help="folder of the categories (%(default)s)")
+
+
+def add_cache(parser: ArgumentParser) -> None:
+    """Add the limits of the feature cache."""
+    for name, place in (("memory", "main memory"), ("disk", "the folder of temporary files")):
+        parser.add_argument(
+            f"--cache_{name}",
+            type=non_negative_float,
+            metavar="GIB",
+            help=f"most that cached features may take in {place}, 0 for nothing (half of what is free)",
+        )
 
 
 def start(args: argparse.Namespace, **options: object) -> Config:

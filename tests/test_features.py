@@ -1,0 +1,64 @@
+"""Cached features are the computed ones, wherever they are kept."""
+
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from models.backbone import ResNet18Features
+from utils.features import CacheBudget, FeatureCache
+
+PATHS = sorted(Path("lite_data/bottle/train/good").glob("*.png"))[:11]
+SIZE = 64
+FEATURE_BYTES = 4 * 11 * (64 * 16 * 16 + 128 * 8 * 8 + 256 * 4 * 4)
+PICTURE_BYTES = 11 * SIZE * SIZE * 3
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    paddle.seed(0)
+    return ResNet18Features()
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "place"),
+    [
+        (FEATURE_BYTES, 0, "memory"),
+        (FEATURE_BYTES - 1, FEATURE_BYTES, "file"),
+        (PICTURE_BYTES, FEATURE_BYTES - 1, "pictures"),
+        (PICTURE_BYTES - 1, 0, "nothing"),
+    ],
+)
+def test_every_place_gives_the_same_features(backbone, memory, disk, place):
+    budget = CacheBudget(memory, disk)
+    cache = FeatureCache(backbone, PATHS, SIZE, budget, "test")
+    assert cache.place == place
+    assert len(cache) == 11
+    reference = FeatureCache(backbone, PATHS, SIZE, CacheBudget(1e12, 0), "test")
+    indices = np.array([7, 0, 10, 3])
+    for actual, expected in zip(cache.batch(indices), reference.batch(indices), strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
+    left = {"memory": (0, 0), "file": (memory, 0), "pictures": (0, disk), "nothing": (memory, disk)}[place]
+    assert (budget.memory, budget.disk) == left
+
+
+def test_two_caches_share_one_budget(backbone):
+    budget = CacheBudget(1.5 * FEATURE_BYTES, 0)
+    places = [FeatureCache(backbone, PATHS, SIZE, budget, "test").place for _ in range(2)]
+    assert places == ["memory", "pictures"]
+
+
+def test_the_disk_that_turns_out_full(backbone, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test").place == "nothing"
+
+
+def test_budget_from_options(monkeypatch):
+    monkeypatch.setattr("utils.features.available_memory", lambda: 1000)
+    assert CacheBudget.from_options(None, 2).memory == 500
+    assert CacheBudget.from_options(0.5, 2) == CacheBudget(2**29, 2**31)
+    assert CacheBudget.from_options(0, None).disk > 0
