@@ -8,15 +8,15 @@ in radians, colours are BGR (OpenCV's order) with 0 black and 1 white. Scenes ar
 SUPERSAMPLE times finer than the picture, which is what makes their edges smooth.
 """
 
-import argparse
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from deploy.cli import ArgumentParser, run_main
+from deploy.files import write_whole
 
 SIZE = 256  # side of a picture
 SUPERSAMPLE = 2
@@ -419,37 +419,29 @@ def draw_all(seed: int, output: Path, images: Path) -> Iterator[tuple[Path, np.n
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write a picture whole or not at all, so that no reader meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a picture whole, with settings that do not change.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     _, encoded = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(encoded.tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda name: Path(name).write_bytes(encoded.tobytes()))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="datasets.lite_data", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("lite_data"), help="the data set")
-    parser.add_argument("--images", type=Path, default=Path("images"), help="two example pictures")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
-    options = parser.parse_args(arguments)
-    if options.seed < 0:
+def main() -> None:
+    parser = ArgumentParser(prog="datasets.lite_data", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("lite_data"), help="the data set (%(default)s)")
+    parser.add_argument("--images", type=Path, default=Path("images"), help="two example pictures (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures (%(default)s)")
+    args = parser.parse_args()
+    if args.seed < 0:
         parser.error("--seed must not be negative")
     written = 0
-    try:
-        for path, pixels in draw_all(options.seed, options.output, options.images):
-            write_png(path, pixels)
-            written += 1
-    except OSError as error:
-        print(f"cannot write {error.filename or options.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"{written} files written to {options.output} and {options.images}")
-    return 0
+    for path, pixels in draw_all(args.seed, args.output, args.images):
+        write_png(path, pixels)
+        written += 1
+    print(f"{written} files written to {args.output} and {args.images}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

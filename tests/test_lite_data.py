@@ -1,5 +1,7 @@
 """The drawn data set: the committed files are what the code draws, and the masks are exact."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -29,8 +31,8 @@ def drawn(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lite_data, "draw_sample", remember)
-        options = ["--output", str(folder / "lite_data"), "--images", str(folder / "images")]
-        assert lite_data.main(options) == 0
+        for path, pixels in lite_data.draw_all(0, folder / "lite_data", folder / "images"):
+            lite_data.write_png(path, pixels)
     return folder, samples
 
 
@@ -112,8 +114,9 @@ def test_another_seed_draws_another_picture(drawn):
     assert not np.array_equal(first, drawn[1]["test/good", 0].picture)
 
 
-def test_an_unwritable_folder_is_one_line_and_code_2(tmp_path, capsys):
+def test_an_unwritable_folder_is_one_line_and_code_2(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    assert lite_data.main(["--output", str(tmp_path / "file" / "below")]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("cannot write ") and message.count("\n") == 1
+    command = [sys.executable, "-m", "datasets.lite_data", "--output", tmp_path / "file" / "below"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
