@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from deploy.cli import UserError, report_error, run_main
+from deploy.cli import UserError, non_negative_float, report_error, run_main
 from deploy.imaging import decision_line, draw_result, drawing_paths, list_images, preprocess, read_rgb, write_picture
 from utils.options import add_category, common_parser, start
 from utils.results import experiment_folder
@@ -13,8 +13,10 @@ def parse_args() -> argparse.Namespace:
     parser = common_parser("Score pictures and draw where their defects are.")
     add_category(parser, "category whose checkpoint is used")
     parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
-    parser.add_argument("--image_threshold", type=float, default=0.8, help="anomaly above it (%(default)s)")
-    parser.add_argument("--pixel_threshold", type=float, default=0.8, help="mask above it (%(default)s)")
+    parser.add_argument(
+        "--image_threshold", type=non_negative_float, default=0.8, help="anomaly above it (%(default)s)"
+    )
+    parser.add_argument("--pixel_threshold", type=non_negative_float, default=0.8, help="mask above it (%(default)s)")
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ import yaml
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deploy.cli import UserError, positive_int, run_main
+from deploy.cli import positive_int, run_main
 from deploy.files import make_folder, write_text
 from utils.history import EpochRow, best_row, draw_curves, selection_value, write_csv
 from utils.log import make_logger
@@ -43,7 +43,7 @@ def main() -> None:
     from models.fastflow import FastFlow
     from models.pretrained import load_backbone
     from utils import distributed
-    from utils.checkpoint import load_checkpoint, published_state, save_checkpoint, set_published_state
+    from utils.checkpoint import load_for_resume, published_state, save_checkpoint
     from utils.evaluation import measure, score_images
     from utils.features import CacheBudget, FeatureCache
     from utils.training import build_optimizer, train_epoch
@@ -59,12 +59,8 @@ def main() -> None:
     optimizer = build_optimizer(model, config)
     history: list[EpochRow] = []
     if args.resume:
-        checkpoint = load_checkpoint(folder / "last.pdparams")
-        if "history" not in checkpoint:
-            raise UserError(f"{folder / 'last.pdparams'}: not written by this train.py; --resume cannot go on from it")
-        set_published_state(model, checkpoint["model_state_dict"], str(folder / "last.pdparams"))
-        optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
-        history = [EpochRow(**row) for row in checkpoint["history"]]
+        checkpoint = load_for_resume(model, optimizer, folder / "last.pdparams")
+        history = checkpoint["history"]
         backbone = checkpoint["backbone"]
     else:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
@@ -77,9 +73,7 @@ def main() -> None:
         print(f"features kept in: {train_features.place} (train), {test_features.place} (test)", file=sys.stderr)
 
     # ---- training
-    logger = make_logger(folder / "train.log", append=args.resume, silent=not distributed.is_first())
-    if distributed.is_first():
-        write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    logger = make_logger(folder / "train.log", silent=not distributed.is_first())
     logger.info(f"{category.name}  {len(train_features)} training and {len(test_features)} test pictures")
     logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
     logger.info(f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es)")
@@ -117,6 +111,7 @@ def main() -> None:
                 save_checkpoint(folder / "best.pdparams", content)
             save_checkpoint(folder / "last.pdparams", content)  # after best: a resumed epoch writes both again
             write_csv(folder / "history.csv", history)
+            write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
             best_epoch = best_row(history).epoch
             summary = f"Epoch {epoch} - loss = {loss:.3f}{measured} - best epoch: {best_epoch} - {seconds:.1f} sec"
             logger.info(f"{category.name}  {summary}")

@@ -95,7 +95,9 @@ def load_category(data: Path, name: str) -> Category:
         raise UserError(f"category {name}: no such folder under --data {data}{known}")
     train = list_images(_existing(folder / "train" / "good"))
     test: list[TestImage] = []
-    for defect_folder in sorted(path for path in _existing(folder / "test").iterdir() if path.is_dir()):
+    for defect_folder in sorted(
+        path for path in _existing(folder / "test").iterdir() if path.is_dir() and not path.name.startswith(".")
+    ):
         defect = None if defect_folder.name == "good" else defect_folder.name
         masks = _masks(folder / "ground_truth" / defect) if defect else {}
         for path in list_images(defect_folder):

@@ -1,6 +1,8 @@
 """What every command shares: one clear line for bad input, typed options."""
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable
 
@@ -36,10 +38,15 @@ def non_negative_float(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
+        value = math.nan
+    if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number from 0, not {text!r}")
     return value
+
+
+def non_negative_int(text: str) -> int:
+    """Type of options that take a whole number from 0."""
+    return 0 if text == "0" else positive_int(text)
 
 
 def warn(message: str) -> None:
@@ -54,11 +61,16 @@ def report_error(error: Exception) -> None:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Call a script's `main` and end the process with its exit code; bad input is one line and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
     try:
         code = main() or 0
     except UserError as error:
         report_error(error)
         code = 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except KeyboardInterrupt:
         report_error(Exception("interrupted"))
         code = 130

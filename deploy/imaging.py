@@ -2,7 +2,6 @@
 
 import glob
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from deploy.cli import UserError
 from deploy.files import write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that starts another program
 # Of ImageNet, RGB, for pictures in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -27,16 +27,19 @@ def list_images(path: str | Path) -> list[Path]:
         UserError: nothing there.
     """
     path = str(path)
-    if Path(path).is_dir():
-        found = [file for file in Path(path).iterdir() if is_image(file)]
-        if not found:
-            raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)})")
-    elif Path(path).exists():
-        return [Path(path)]
-    else:
-        found = [Path(name) for name in glob.glob(path, recursive=True) if is_image(Path(name))]
-        if not found:
-            raise UserError(f"{path}: no such file, folder or pattern with pictures")
+    try:
+        if path and Path(path).is_dir():
+            found = [file for file in Path(path).iterdir() if is_image(file)]
+            if not found:
+                raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)})")
+        elif path and Path(path).exists():
+            return [Path(path)]
+        else:
+            found = [Path(name) for name in glob.glob(path, recursive=True) if is_image(Path(name))]
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise UserError(f"{path}: cannot be looked at ({error.strerror})") from error
+    if not found:
+        raise UserError(f"{path or 'empty path'}: no such file, folder or pattern with pictures")
     return sorted(found)
 
 
@@ -77,32 +80,20 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def _decode(path: Path) -> np.ndarray:
-    """(H, W) or (H, W, 3), uint8 or uint16."""
+    """(H, W, 3) uint8, or (H, W) uint16."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about odd metadata that no pixel depends on
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # I;16 of 16-bit files, I of older Pillows
-                    return np.asarray(image).astype(np.uint16)
+        with Image.open(path, formats=FORMATS) as image:
+            if not image.mode.startswith("I"):
+                if image.mode == "F":
+                    raise UserError(f"{path}: floating point pictures have no defined white; save it with 8 or 16 bit")
                 return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        array = _decode_16_bit_tiff(path)
-        if array is None:
-            raise UserError(f"{path}: not a picture, or damaged") from error
-        return array
+            array = np.asarray(image)  # I;16 of 16-bit files, I of 32-bit files
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
-
-
-def _decode_16_bit_tiff(path: Path) -> np.ndarray | None:
-    """Pillow does not know TIFF files with three 16-bit channels; OpenCV does."""
-    if path.suffix.lower() not in (".tif", ".tiff"):
-        return None
-    cv2.setLogLevel(0)
-    array = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    if array is None or array.dtype not in (np.uint8, np.uint16):
-        return None
-    return cv2.cvtColor(array, cv2.COLOR_BGR2RGB)
+        reason = "not a picture, or damaged" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
+    if array.min() < 0 or array.max() > 65535:
+        raise UserError(f"{path}: has pixels beyond 16 bit; save it with 8 or 16 bit")
+    return array.astype(np.uint16)
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -139,10 +130,11 @@ def draw_result(
         pixel_threshold: a pixel belongs to the mask above it.
 
     Returns:
-        (panel height + caption, 3 * panel width, 3) uint8 RGB; a panel is between 256 and 768 pixels high.
+        (panel height + caption, 3 * panel width, 3) uint8 RGB; a panel is between 256 and 768 pixels high, lower if
+        it would be wider than 4096.
     """
     height, width = picture.shape[:2]
-    factor = np.clip(height, 256, 768) / height
+    factor = min(np.clip(height, 256, 768) / height, 4096 / width)
     size = (max(round(width * factor), 1), max(round(height * factor), 1))
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
     scores = cv2.resize(anomaly_map.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)

@@ -17,7 +17,17 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
 from deploy import runtime
-from deploy.cli import ArgumentParser, UserError, boolean, positive_int, report_error, run_main, warn
+from deploy.cli import (
+    ArgumentParser,
+    UserError,
+    boolean,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    report_error,
+    run_main,
+    warn,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,10 +38,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures a run (%(default)s)")
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=0, help="runs before the clock starts (%(default)s)")
+    parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")
-    parser.add_argument("--image_threshold", type=float, help="anomaly above it (the exported model's)")
-    parser.add_argument("--pixel_threshold", type=float, help="mask above it (the exported model's)")
+    parser.add_argument("--image_threshold", type=non_negative_float, help="anomaly above it (the exported model's)")
+    parser.add_argument("--pixel_threshold", type=non_negative_float, help="mask above it (the exported model's)")
     parser.add_argument("--output_dir", help="write a picture with heat map and mask per input here")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
     return parser.parse_args()
@@ -134,7 +144,10 @@ class Model:
         """(B, 3, H, W) float32 -> anomaly map (B, 1, H, W), smoothed map (B, 1, H, W), image score (B)."""
         self._input.reshape(images.shape)
         self._input.copy_from_cpu(images)
-        self._predictor.run()
+        try:
+            self._predictor.run()
+        except Exception as error:  # Paddle raises its own kinds
+            raise UserError(f"the exported model cannot take pictures {images.shape}; export again") from error
         names = self._predictor.get_output_names()
         return [self._predictor.get_output_handle(name).copy_to_cpu() for name in names]
 
@@ -151,8 +164,11 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         description = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
         expected = description["parameters_sha256"]
-        [int(side) for side in description["input_size"]]
-        [float(description[key]) for key in ("image_threshold", "pixel_threshold")]
+        description["input_size"] = height, width = [int(side) for side in description["input_size"]]
+        if min(height, width) < 1:
+            raise ValueError("input_size must be positive")
+        for key in ("image_threshold", "pixel_threshold"):
+            description[key] = float(description[key])
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     if hashlib.sha256((folder / "inference.pdiparams").read_bytes()).hexdigest() != expected:

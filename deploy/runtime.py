@@ -35,7 +35,10 @@ def setup(verbose: bool = False) -> dict[str, str]:
         defaults["MKL_DEBUG_CPU_TYPE"] = path
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # Paddle's own notes, which no user of these commands can act on
     warnings.filterwarnings("ignore", message="No ccache found")
+    warnings.filterwarnings("ignore", message="When training, we now always track")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, on which no pixel depends
     notes = io.StringIO()
     with contextlib.redirect_stderr(notes):
         import paddle  # noqa: F401

@@ -1,6 +1,7 @@
 """Where the backbone's weights come from, in the order in which the sources are tried."""
 
 import hashlib
+import http.client
 import os
 import sys
 import urllib.request
@@ -108,13 +109,14 @@ def download_official(target: Path) -> None:
 
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer:
-            size = int(answer.headers.get("Content-Length", 0)) or None
+            length = answer.headers.get("Content-Length", "")
+            size = int(length) if length.isdigit() else None
             content = bytearray()
             with tqdm(total=size, unit="B", unit_scale=True, desc=target.name, disable=None) as bar:
                 while block := answer.read(1 << 16):
                     content += block
                     bar.update(len(block))
-    except OSError as error:  # urllib's errors are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"backbone weights: not in {target.parent}, and {url} cannot be had ({error})") from error
     if hashlib.md5(content).hexdigest() != md5:
         raise UserError(f"backbone weights: what {url} sent is damaged or changed (wrong checksum); not used")
@@ -122,6 +124,8 @@ def download_official(target: Path) -> None:
 
 
 def _load_file(backbone: nn.Layer, path: Path, source: str) -> dict[str, str | None]:
-    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(("layer4.", "fc."))}
+    weights = read_weights(path)
+    if isinstance(weights, dict):  # set_state says so if it is anything else
+        weights = {name: value for name, value in weights.items() if not str(name).startswith(("layer4.", "fc."))}
     set_state(backbone, weights, str(path))
     return {"source": source, "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -15,6 +15,7 @@ from deploy.cli import UserError
 from deploy.files import write_whole
 from models.fastflow import FastFlow, FlowStep
 from utils.config import Config
+from utils.history import EpochRow
 from utils.pickles import load_pickle
 from utils.states import set_state
 
@@ -42,15 +43,15 @@ def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: s
     """
     if not isinstance(state, dict):
         raise UserError(f"{source}: holds no model_state_dict")
-    state = {name: value for name, value in state.items() if ".subnet_2." not in name}
+    state = {name: value for name, value in state.items() if ".subnet_2." not in str(name)}
     permutations = []
     for name, step in _flow_steps(model):
-        kernel = np.asarray(state.pop(f"{name}.w_perm", np.empty(0)))
+        kernel = state.pop(f"{name}.w_perm", None)
         state.pop(f"{name}.w_perm_inv", None)
         channels = len(step.permutation)
-        if kernel.shape != (channels, channels, 1, 1):
+        if not isinstance(kernel, np.ndarray) or kernel.shape != (channels, channels, 1, 1):
             wanted = [channels, channels, 1, 1]
-            raise UserError(f"{source}: does not fit this model: {name}.w_perm must have the shape {wanted}")
+            raise UserError(f"{source}: does not fit this model: {name}.w_perm must be there and have shape {wanted}")
         permutation = kernel[:, :, 0, 0].argmax(axis=1)
         if not np.array_equal(kernel[:, :, 0, 0], np.eye(channels)[permutation]) or len(set(permutation)) < channels:
             raise UserError(f"{source}: {name}.w_perm is not a permutation")
@@ -58,6 +59,22 @@ def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: s
     set_state(model, state, source)
     for step, permutation in permutations:
         step.permutation.set_value(permutation.astype(np.int64))
+
+
+def load_for_resume(model: FastFlow, optimizer: paddle.optimizer.Optimizer, path: Path) -> dict[str, Any]:
+    """Fill model and optimizer from a checkpoint that train.py wrote; return it.
+
+    Raises:
+        UserError: no such file, damaged, or not written by train.py.
+    """
+    checkpoint = load_checkpoint(path)
+    set_published_state(model, checkpoint["model_state_dict"], str(path))
+    try:
+        optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
+        checkpoint["history"] = [EpochRow(**row) for row in checkpoint["history"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})") from error
+    return checkpoint
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -76,6 +93,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = load_pickle(path)
     if not isinstance(checkpoint, dict) or not {"epoch", "model_state_dict"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint (it must hold epoch and model_state_dict)")
+    backbone = checkpoint.get("backbone")
+    sound = (
+        isinstance(checkpoint["epoch"], int)
+        and isinstance(checkpoint.get("config", {}), dict)
+        and (backbone is None or (isinstance(backbone, dict) and backbone.keys() == {"source", "file", "sha256"}))
+    )
+    if not sound:
+        raise UserError(f"{path}: not a checkpoint (its epoch, config or backbone is not what train.py writes)")
     return checkpoint
 
 
@@ -83,11 +108,22 @@ def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
     """The model of a checkpoint, backbone included, in eval mode; and the checkpoint.
 
     Raises:
-        UserError: no such file, damaged, or of another architecture.
+        UserError: no such file, damaged, of another architecture, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
     model = FastFlow(config)
     set_published_state(model, checkpoint["model_state_dict"], str(path))
+    for name, value in model.state_dict().items():
+        if not paddle.isfinite(value).all().item():
+            raise UserError(f"{path}: {name} holds numbers that are not finite; train again")
+    # What no shape shows but every score depends on; published files do not say it.
+    for key in ("input_size", "clamp"):
+        trained = checkpoint.get("config", {}).get(key, getattr(config, key))
+        if trained != getattr(config, key):
+            raise UserError(
+                f"{path}: was trained with {key} {trained}, the config says {getattr(config, key)}; "
+                f"give -o {key}={trained} or -cfg {path.parent / 'config.yaml'}"
+            )
     model.eval()
     return model, checkpoint
 

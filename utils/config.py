@@ -1,6 +1,7 @@
 """The configuration: read once, checked once, then passed down."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# Channels and scales (input size / feature map size) of the feature maps that each backbone gives.
+BACKBONES = {"resnet18": ([64, 128, 256], [4, 8, 16])}
 # Keys that make no sense below a bound; every other number may be anything of its type.
 LOWEST = {
     "input_size": 32,
@@ -82,11 +85,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise UserError(f"config {path}: cannot be read ({error}); give a YAML file with -cfg") from error
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
         raise UserError(f"config {path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path}: must hold `key: value` lines, see configs/resnet18.yaml")
@@ -99,8 +102,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
 def parse_config(values: dict[str, Any], source: str) -> Config:
     """Check a plain dictionary and turn it into a Config; `source` starts the error message."""
     config = _build(Config, values, source, prefix="")
-    if len(config.channels) != len(config.scales) or not config.channels:
-        raise UserError(f"{source}: channels and scales must be lists of the same length")
+    channels, scales = BACKBONES[config.backbone_name]
+    for key, value, own in (("channels", config.channels, channels), ("scales", config.scales, scales)):
+        if value != own:
+            raise UserError(f"{source}: {key} must be {own} with {config.backbone_name}, not {value}")
+    if int(min(config.channels) // 2 * config.hidden_ratio) < 1:
+        raise UserError(f"{source}: hidden_ratio {config.hidden_ratio} leaves no hidden channel")
+    if config.seed >= 2**63:
+        raise UserError(f"{source}: seed must be below 2**63, not {config.seed}")
     if config.selection_weights.image + config.selection_weights.pixel <= 0:
         raise UserError(f"{source}: selection_weights: image and pixel must not both be 0")
     if not 0 <= config.momentum <= 1:
@@ -114,7 +123,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"-o {override}: must be key=value, for example -o lr=0.0005")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"-o {override}: the value is not valid YAML ({error})") from error
     *parents, last = key.split(".")
     for parent in parents:
@@ -166,9 +175,11 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
     names = {bool: "True or False", int: "a whole number", float: "a number"}
     if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
         raise refuse(names[type_])
+    if type_ is float and not math.isfinite(value):
+        raise refuse("a finite number")
     if key in LOWEST and not value >= LOWEST[key]:  # not >=: refuses NaN too
         raise refuse(f"at least {LOWEST[key]}")
-    if key in POSITIVE and not 0 < value < float("inf"):
+    if key in POSITIVE and not value > 0:
         raise refuse("greater than 0")
     return value
 
@@ -178,5 +189,5 @@ def _number(value: Any) -> Any:
         return value
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value

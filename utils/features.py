@@ -108,7 +108,10 @@ class FeatureCache:
 
 def _temporary_file(size: int) -> IO[bytes] | None:
     """A file without a name of `size` bytes, or None if the disk has no room after all."""
-    file = tempfile.TemporaryFile(prefix="fastflow-features-")  # noqa: SIM115  (it outlives this function)
+    try:
+        file = tempfile.TemporaryFile(prefix="fastflow-features-")  # noqa: SIM115  (it outlives this function)
+    except OSError:
+        return None
     try:
         os.posix_fallocate(file.fileno(), 0, size)  # writing to a mapped file on a full disk would kill the process
     except OSError:

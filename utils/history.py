@@ -65,13 +65,15 @@ def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.plot([row.epoch for row in history], [row.loss for row in history], marker=".")
-    left.set(title=f"{title}: training loss", xlabel="epoch", ylabel="negative log-likelihood per dimension")
+    left.set_title(f"{title}: training loss", parse_math=False)  # names may hold a $
+    left.set(xlabel="epoch", ylabel="negative log-likelihood per dimension")
     for name in ("image_auroc", "pixel_auroc"):
         measured = [row for row in history if getattr(row, name) is not None]
         if measured:
             label = name.replace("_auroc", " AUROC")
             right.plot([r.epoch for r in measured], [getattr(r, name) for r in measured], marker=".", label=label)
-    right.set(title=f"{title}: test set", xlabel="epoch", ylabel="AUROC")
+    right.set_title(f"{title}: test set", parse_math=False)
+    right.set(xlabel="epoch", ylabel="AUROC")
     best = best_row(history)
     if best and best.selection is not None:
         right.axvline(best.epoch, color="grey", linestyle=":", label=f"best: epoch {best.epoch}")

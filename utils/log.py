@@ -8,8 +8,8 @@ from pathlib import Path
 from deploy.cli import UserError
 
 
-def make_logger(path: Path, append: bool, silent: bool) -> logging.Logger:
-    """A logger that prints plain lines and writes them to the file as well; a silent one drops them.
+def make_logger(path: Path, silent: bool) -> logging.Logger:
+    """A logger that prints plain lines and adds them to the end of the file; a silent one drops them.
 
     Raises:
         UserError: the file cannot be written.
@@ -24,7 +24,7 @@ def make_logger(path: Path, append: bool, silent: bool) -> logging.Logger:
         logger.addHandler(logging.NullHandler())
         return logger
     try:
-        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, "a" if append else "w", "utf-8")]
+        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     for handler in handlers:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from paddle import nn
+from paddle import Tensor, nn
 
 from deploy.cli import UserError
 
@@ -17,15 +17,18 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
     if not isinstance(state, Mapping):
         raise UserError(f"{source}: holds no named weights")
     own = layer.state_dict()
-    shapes = {name: list(np.shape(value)) for name, value in state.items()}
     problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is not part of this model" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {shapes[name]} instead of {list(own[name].shape)}"
-        for name in own
-        if name in state and shapes[name] != list(own[name].shape)
-    ]
+    values = {}
+    for name, value in state.items():
+        if name not in own:
+            problems.append(f"{name} is not part of this model")
+        elif not isinstance(value, np.ndarray | Tensor) or np.asarray(value).dtype.kind not in "biuf":
+            problems.append(f"{name} is no array of numbers")
+        elif list(value.shape) != list(own[name].shape):
+            problems.append(f"{name} has shape {list(value.shape)} instead of {list(own[name].shape)}")
+        else:
+            values[name] = np.asarray(value, np.float32)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{source}: does not fit this model: {'; '.join(problems[:5])}{more}")
-    layer.set_state_dict({name: np.asarray(value, np.float32) for name, value in state.items()})
+    layer.set_state_dict(values)

@@ -1,0 +1,219 @@
+"""The configuration: published values, overrides, and one clear line for every mistake."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from deploy.cli import UserError
+from utils.config import Config, SelectionWeights, load_config, parse_config
+
+PATH = "configs/resnet18.yaml"
+PUBLISHED = {
+    "input_size": 256,
+    "backbone_name": "resnet18",
+    "channels": [64, 128, 256],
+    "scales": [4, 8, 16],
+    "use_norm": True,
+    "momentum": 0.95,
+    "flow_step": 4,
+    "hidden_ratio": 1.06,
+    "conv3x3_only": True,
+    "clamp": 2.0,
+}
+TRAINING = {
+    "lr": 1e-3,
+    "weight_decay": 1e-5,
+    "clip_norm": 0.9,
+    "batch_size": 32,
+    "epochs": 500,
+    "patience": 30,
+    "eval_interval": 1,
+    "seed": 0,
+    "selection_weights": {"image": 0.5, "pixel": 0.5},
+    "pretrained": "imagenet",
+    "mask_rule": "published",
+}
+
+
+def written(tmp_path, text):
+    path = tmp_path / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(*overrides, path=PATH):
+    """The error's message, as the one line that the user sees."""
+    with pytest.raises(UserError) as error:
+        load_config(path, overrides)
+    return " ".join(str(error.value).split())
+
+
+@pytest.mark.parametrize(("key", "value"), (PUBLISHED | TRAINING).items())
+def test_published_value(config, key, value):
+    assert config.as_dict()[key] == value
+
+
+def test_the_file_holds_every_key_and_no_other(config):
+    with open(PATH, encoding="utf-8") as file:
+        assert yaml.safe_load(file) == config.as_dict()
+
+
+def test_a_file_with_the_published_keys_alone_will_do(tmp_path, config):
+    assert load_config(written(tmp_path, yaml.safe_dump(PUBLISHED))) == config
+
+
+def test_as_dict_makes_the_same_config_again(config):
+    changed = dataclasses.replace(config, lr=0.1 + 0.2, selection_weights=SelectionWeights(image=1.0, pixel=0.0))
+    assert parse_config(yaml.safe_load(yaml.safe_dump(changed.as_dict())), "again") == changed
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("lr=0.0005", "lr", 0.0005),
+        ("lr=1e-3", "lr", 0.001),
+        ("lr=1", "lr", 1.0),
+        ("weight_decay=0", "weight_decay", 0.0),
+        ("use_norm=false", "use_norm", False),
+        ("pretrained=offline", "pretrained", "offline"),
+        ("mask_rule=half", "mask_rule", "half"),
+        ("seed=7", "seed", 7),
+        ("selection_weights.image=1", "selection_weights", SelectionWeights(1.0, 0.5)),
+        ("selection_weights={image: 0, pixel: 2}", "selection_weights", SelectionWeights(0.0, 2.0)),
+    ],
+)
+def test_override(config, override, key, value):
+    changed = load_config(PATH, [override])
+    assert getattr(changed, key) == value
+    assert type(getattr(changed, key)) is type(value)
+    assert dataclasses.replace(changed, **{key: getattr(config, key)}) == config  # and nothing else
+
+
+def test_later_overrides_win_and_options_win_over_them():
+    config = load_config(PATH, ["epochs=3", "epochs=4", "batch_size=5"], batch_size=6, eval_interval=None)
+    assert (config.epochs, config.batch_size, config.eval_interval) == (4, 6, 1)
+
+
+def test_a_dotted_override_leaves_its_neighbours(tmp_path):
+    path = written(tmp_path, yaml.safe_dump(PUBLISHED))  # without selection_weights
+    assert load_config(path, ["selection_weights.pixel=0"]).selection_weights == SelectionWeights(0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        # unknown keys
+        ("learning_rate=1", "learning_rate"),
+        ("selection_weights.images=1", "selection_weights.images"),
+        ("a.b=1", "a"),
+        ("1=2", "1"),
+        # wrong types
+        ("lr=fast", "lr"),
+        ("lr=", "lr"),
+        ("lr=true", "lr"),
+        ("lr=[1]", "lr"),
+        ("epochs=3.5", "epochs"),
+        ("epochs=3.0", "epochs"),
+        ("epochs=true", "epochs"),
+        ("epochs=many", "epochs"),
+        ("use_norm=1", "use_norm"),
+        ("use_norm=sure", "use_norm"),
+        ("channels=64", "channels"),
+        ("channels=[64, a, 256]", "channels[1]"),
+        ("channels=[64, true, 256]", "channels[1]"),
+        ("channels.0=64", "channels"),
+        ("seed.x=1", "seed"),
+        ("selection_weights=1", "selection_weights"),
+        ("selection_weights.image=much", "selection_weights.image"),
+        # values that make no sense
+        ("lr=.nan", "lr"),
+        ("lr=nan", "lr"),
+        ("lr=.inf", "lr"),
+        ("lr=0", "lr"),
+        ("lr=-1", "lr"),
+        ("weight_decay=.nan", "weight_decay"),
+        ("weight_decay=.inf", "weight_decay"),
+        ("weight_decay=-1", "weight_decay"),
+        ("clip_norm=0", "clip_norm"),
+        ("clamp=0", "clamp"),
+        ("hidden_ratio=-1", "hidden_ratio"),
+        ("momentum=1.5", "momentum"),
+        ("momentum=.nan", "momentum"),
+        ("epochs=0", "epochs"),
+        ("batch_size=0", "batch_size"),
+        ("flow_step=0", "flow_step"),
+        ("input_size=16", "input_size"),
+        ("seed=-1", "seed"),
+        ("eval_interval=0", "eval_interval"),
+        ("patience=0", "patience"),
+        ("selection_weights.image=-1", "selection_weights.image"),
+        ("selection_weights.image=.inf", "selection_weights.image"),
+        ("selection_weights={image: 0, pixel: 0}", "selection_weights"),
+        ("backbone_name=resnet50", "backbone_name"),
+        ("pretrained=true", "pretrained"),
+        ("mask_rule=most", "mask_rule"),
+        # what the backbone does not give
+        ("channels=[64]", "channels"),
+        ("channels=[]", "channels"),
+        ("channels=[64, 128, 255]", "channels"),
+        ("channels=[32, 128, 256]", "channels"),
+        ("scales=[4, 8, 8]", "scales"),
+        ("scales=[0, 8, 16]", "scales"),
+        ("hidden_ratio=0.001", "hidden_ratio"),
+        # not key=value, not YAML
+        ("lr", "lr"),
+        ("=3", "=3"),
+        ("lr=[1", "lr"),
+        ("lr=@", "lr"),
+        ("seed=2022-13-45", "seed"),
+        ("lr=1" + "0" * 400, "lr"),
+        ("seed=" + "9" * 30, "seed"),
+    ],
+)
+def test_a_wrong_override_is_one_line_that_names_the_key(override, named):
+    message = refusal(override).partition("known keys")[0]
+    assert re.search(rf"(?<![\w.]){re.escape(named)}(?!\w)", message)
+
+
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_a_missing_key_is_named(tmp_path, key):
+    path = written(tmp_path, yaml.safe_dump({k: v for k, v in PUBLISHED.items() if k != key}))
+    message = refusal(path=path)
+    assert key in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- a\n- b\n", "just text", "lr: [1", "a: b: c", "lr: 2022-13-45", "\t- x: y", "? [a]\n: 1", "42", "\0"],
+)
+def test_a_file_that_holds_no_keys_is_named(tmp_path, text):
+    path = written(tmp_path, text)
+    assert "my.yaml" in refusal(path=path)
+
+
+def test_an_unknown_key_in_the_file_names_file_and_key(tmp_path):
+    message = refusal(path=written(tmp_path, yaml.safe_dump(PUBLISHED | {"chanels": 1})))
+    assert "my.yaml" in message
+    assert "chanels" in message
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00lr")
+    for name in ("absent.yaml", "binary.yaml", "."):
+        assert str(tmp_path / name) in refusal(path=tmp_path / name)
+
+
+def test_a_file_cannot_run_code(tmp_path):
+    trap = tmp_path / "trap"
+    path = written(tmp_path, f"lr: !!python/object/apply:os.system ['touch {trap}']\n")
+    assert "my.yaml" in refusal(path=path)
+    assert not trap.exists()
+
+
+def test_a_config_cannot_be_changed(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+    assert isinstance(config, Config)

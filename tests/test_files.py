@@ -1,0 +1,96 @@
+"""Files appear whole or not at all."""
+
+import os
+import stat
+
+import pytest
+
+from deploy.cli import UserError
+from deploy.files import make_folder, write_text, write_whole
+
+
+def test_text_is_written_as_utf8_into_new_folders(tmp_path):
+    write_text(tmp_path / "a" / "b" / "note.txt", "可视化\n")
+    assert (tmp_path / "a" / "b" / "note.txt").read_bytes() == "可视化\n".encode()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bug"), KeyboardInterrupt()])
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    target = tmp_path / "best.pdparams"
+    target.write_text("old")
+
+    def fail(name):
+        with open(name, "w") as file:
+            file.write("half")
+        raise error
+
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+        write_whole(target, fail)
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["best.pdparams"]
+
+
+def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
+    target = tmp_path / "f.txt"
+    target.write_text("old")
+
+    def write(name):
+        with open(name, "w") as file:
+            file.write("new")
+        assert target.read_text() == "old"
+
+    write_whole(target, write)
+    assert target.read_text() == "new"
+
+
+def test_the_temporary_file_keeps_the_suffix_and_is_hidden_beside_the_target(tmp_path):
+    names = []
+
+    def write(name):
+        names.append(name)
+
+    write_whole(tmp_path / "picture.jpg", write)
+    (name,) = names
+    assert name.endswith(".jpg")
+    assert os.path.dirname(name) == str(tmp_path)
+    assert os.path.basename(name).startswith(".")
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "f.txt", "x")
+    finally:
+        assert os.umask(before) == 0o027
+    assert stat.S_IMODE((tmp_path / "f.txt").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
+def test_a_folder_that_cannot_be_made_is_a_user_error_that_names_it(tmp_path, below):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="file"):
+        make_folder(tmp_path / "file" / below)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_target_below_a_file_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file"):
+        write_text(tmp_path / "file" / "f.txt", "x")
+
+
+def test_a_target_that_is_a_folder_is_a_user_error(tmp_path):
+    (tmp_path / "f.txt").mkdir()
+    with pytest.raises(UserError, match=r"f\.txt"):
+        write_text(tmp_path / "f.txt", "x")
+    assert os.listdir(tmp_path) == ["f.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_a_user_error(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="not writable"):
+            write_text(tmp_path / "f.txt", "x")
+    finally:
+        tmp_path.chmod(0o700)

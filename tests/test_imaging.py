@@ -1,0 +1,226 @@
+"""Pictures in and out: the result line, lists of files, preprocessing, figures."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deploy.cli import UserError
+from deploy.imaging import (
+    MEAN,
+    STD,
+    decision_line,
+    draw_result,
+    drawing_paths,
+    list_images,
+    normalise,
+    preprocess,
+    read_rgb,
+    resize,
+    write_picture,
+)
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "line"),
+    [
+        (0.6139, 0.8, "Normal - score:  0.614"),
+        (0.95, 0.8, "Anomaly - score:  0.950"),
+        (0.8, 0.8, "Normal - score:  0.800"),
+        (0.8001, 0.8, "Anomaly - score:  0.800"),
+        (0.0, 0.0, "Normal - score:  0.000"),
+        (1.0, 0.5, "Anomaly - score:  1.000"),
+    ],
+)
+def test_the_published_result_line(score, threshold, line):
+    assert decision_line(score, threshold) == line
+
+
+# ---- list_images
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Files of all kinds; none is opened by the functions under test."""
+    for name in ("b.png", "a.JPG", "c.Tiff", ".hidden.png", "note.txt", "sub/d.bmp", "sub/e.jpeg", "[x]/f.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def names(paths, folder):
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("", ["a.JPG", "b.png", "c.Tiff"]),
+        ("sub/", ["sub/d.bmp", "sub/e.jpeg"]),
+        ("[x]", ["[x]/f.tif"]),
+        ("b.png", ["b.png"]),
+        ("note.txt", ["note.txt"]),  # a file that is named is taken at its word; reading it says what is wrong
+        ("*", ["a.JPG", "b.png", "c.Tiff"]),
+        ("*.png", ["b.png"]),
+        ("sub/*.bmp", ["sub/d.bmp"]),
+        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "sub/d.bmp", "sub/e.jpeg"]),
+    ],
+)
+def test_list_images(pictures, path, found):
+    assert names(list_images(f"{pictures}/{path}"), pictures) == found
+
+
+@pytest.mark.parametrize("path", ["absent.png", "*.gif", "folder.png", "absent/*.png", "a" * 300])
+def test_nothing_there_is_a_user_error_that_names_it(pictures, path):
+    with pytest.raises(UserError, match=path[:10].replace("*", r"\*")):
+        list_images(pictures / path)
+
+
+def test_an_empty_path_is_not_the_current_folder(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    with pytest.raises(UserError):
+        list_images("")
+
+
+def test_drawings_keep_the_subfolders_in_which_the_pictures_differ(pictures, tmp_path):
+    images = [pictures / "b.png", pictures / "sub" / "d.bmp"]
+    out = tmp_path / "out"
+    assert drawing_paths(images, out) == {
+        pictures / "b.png": out / "b.png.jpg",
+        pictures / "sub" / "d.bmp": out / "sub" / "d.bmp.jpg",
+    }
+
+
+def test_no_two_pictures_share_a_drawing(tmp_path):
+    images = [tmp_path / name for name in ("a.png", "a.jpg", "x/a.png", "y/a.png")]
+    assert len(set(drawing_paths(images, tmp_path / "out").values())) == 4
+
+
+# ---- preprocess
+
+
+def test_preprocessing_is_imagenet_normalisation_channels_first():
+    picture = np.zeros((4, 4, 3), np.uint8) + np.uint8([255, 128, 0])
+    batch = preprocess(picture, 4, 4)
+    assert batch.dtype == np.float32
+    assert batch.flags["C_CONTIGUOUS"]
+    expected = (np.array([1.0, 128 / 255, 0.0]) - MEAN) / STD
+    np.testing.assert_allclose(batch, np.broadcast_to(expected[:, None, None], (1, 3, 4, 4)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (5, 5000), (4, 6)])
+def test_any_shape_is_resized_to_height_and_width(shape):
+    assert preprocess(np.full((*shape, 3), 7, np.uint8), 32, 48).shape == (1, 3, 32, 48)
+
+
+def test_resize_is_bilinear_along_both_axes():
+    picture = np.zeros((2, 4, 3), np.uint8)
+    picture[1] = 200  # dark above bright
+    expected = np.repeat([[0], [50], [150], [200]], 8, axis=1)
+    np.testing.assert_allclose(resize(picture, 4, 8)[..., 0], expected, atol=1)
+    np.testing.assert_allclose(resize(picture[..., 0], 4, 8), expected, atol=1)
+    np.testing.assert_allclose(
+        resize(np.ascontiguousarray(picture.transpose(1, 0, 2)), 8, 4)[..., 2].T, expected, atol=1
+    )
+
+
+def test_normalise_keeps_pictures_and_colours_apart():
+    pictures = np.zeros((2, 3, 5, 3), np.uint8)
+    pictures[1, 2, 4, 0] = 255
+    batch = normalise(pictures)
+    assert batch.shape == (2, 3, 3, 5)
+    assert batch[1, 0, 2, 4] == pytest.approx((1 - MEAN[0]) / STD[0])
+    batch[1, 0, 2, 4] = -MEAN[0] / STD[0]
+    np.testing.assert_allclose(batch, np.broadcast_to((-np.divide(MEAN, STD))[:, None, None], batch.shape), rtol=1e-5)
+
+
+# ---- draw_result
+
+
+def figure(shape, anomaly_map, pixel_threshold=0.5):
+    """The caption and the three panels."""
+    drawing = draw_result(np.full((*shape, 3), 100, np.uint8), anomaly_map, 0.6, 0.8, pixel_threshold)
+    assert drawing.dtype == np.uint8
+    return drawing[:40], np.split(drawing[40:], 3, axis=1)
+
+
+@pytest.fixture
+def spot():
+    """An anomaly in the upper left quarter of the map."""
+    anomaly_map = np.zeros((64, 64))
+    anomaly_map[8:24, 8:24] = 1.0
+    return anomaly_map
+
+
+def test_three_panels_and_a_caption(spot):
+    caption, (picture, heat, mask) = figure((300, 400), spot)
+    assert picture.shape == heat.shape == mask.shape == (300, 400, 3)
+    assert (picture == 100).all()
+    assert (caption < 128).any()  # text
+    assert (caption[0] == 255).all()  # on white
+
+
+def test_heat_is_red_where_the_map_is_high_and_blue_where_it_is_low(spot):
+    _, (_, heat, _) = figure((256, 256), spot)
+    high, low = heat[64, 64].astype(int), heat[200, 200].astype(int)
+    assert high[0] > high[2]
+    assert low[2] > low[0]
+
+
+def test_mask_and_outline_appear_where_the_map_is_above_the_threshold(spot):
+    _, (_, _, mask) = figure((256, 256), spot)
+    assert (mask[200:, 200:] == 100).all()
+    inside = mask[64, 64]
+    assert inside[0] > inside[1]
+    red = (mask == [255, 0, 0]).all(axis=2)
+    assert red.any()
+    rows, columns = np.nonzero(red)
+    np.testing.assert_allclose([rows.min(), rows.max(), columns.min(), columns.max()], [32, 95, 32, 95], atol=3)
+    assert not red[50:78, 50:78].any()  # an outline, not an area
+
+
+@pytest.mark.parametrize(("value", "threshold", "marked"), [(0.5, 0.5, False), (0.51, 0.5, True), (0.0, 0.5, False)])
+def test_pixels_count_above_the_threshold_only(value, threshold, marked):
+    _, (_, _, mask) = figure((256, 256), np.full((64, 64), value), threshold)
+    assert (mask[128, 128] != 100).any() == marked
+
+
+@pytest.mark.parametrize(("shape", "height"), [((100, 80), 256), ((1000, 500), 768), ((500, 300), 500)])
+def test_panels_are_between_256_and_768_high(spot, shape, height):
+    _, (picture, _, _) = figure(shape, spot)
+    assert picture.shape[0] == height
+    assert picture.shape[1] == pytest.approx(shape[1] * height / shape[0], abs=1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3000, 1), (1, 400), (10, 2000), (64, 8000)])
+def test_a_figure_of_any_shape_can_be_written_as_jpeg(tmp_path, spot, shape):
+    drawing = draw_result(np.zeros((*shape, 3), np.uint8), spot, 0.6, 0.8, 0.5)
+    assert drawing.nbytes < 100e6
+    write_picture(tmp_path / "figure.jpg", drawing)
+    assert read_rgb(tmp_path / "figure.jpg").shape == drawing.shape
+
+
+def test_drawing_does_not_change_the_picture(spot):
+    picture = np.full((256, 256, 3), 100, np.uint8)
+    draw_result(picture, spot, 0.9, 0.8, 0.5)
+    assert (picture == 100).all()
+
+
+# ---- write_picture
+
+
+def test_a_written_picture_has_the_format_of_its_suffix_and_its_colours(tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8) + np.uint8([200, 30, 90])
+    write_picture(tmp_path / "new" / "p.png", picture)
+    with Image.open(tmp_path / "new" / "p.png") as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image), picture)
+    assert os.listdir(tmp_path / "new") == ["p.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        write_picture(tmp_path / "file" / "p.jpg", np.zeros((4, 4, 3), np.uint8))
