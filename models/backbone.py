@@ -3,15 +3,14 @@
 import paddle
 from paddle import Tensor, nn
 
+from models import folded
+
 
 class ResNet18Features(nn.Layer):
     """ResNet18 without `layer4` and `fc`, frozen and in eval mode; `FastFlow.train` keeps it there.
 
     The names of its parameters are those of `paddle.vision.models.resnet18`.
     """
-
-    channels = (64, 128, 256)
-    scales = (4, 8, 16)  # input size / feature map size
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +24,9 @@ class ResNet18Features(nn.Layer):
     @paddle.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, 64, H/4, W/4), (B, 128, H/8, W/8), (B, 256, H/16, W/16)."""
+        return folded.features(self, images, self._plain)
+
+    def _plain(self, images: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = []
         for layer in (self.layer1, self.layer2, self.layer3):

@@ -8,6 +8,7 @@ import paddle
 from paddle import Tensor, nn
 
 from deploy.imaging import SMOOTHING_SIGMA
+from models import fused
 from models.backbone import ResNet18Features
 from models.linear_maps import bilinear_matrix, gaussian_matrix
 from utils import distributed
@@ -86,6 +87,9 @@ class Flow(nn.Layer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> z (B, C, H, W), log-det (B)."""
+        return fused.flow(x, self.module_list, self._plain, self.training)
+
+    def _plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_det = 0.0
         for step in self.module_list:
             x, step_log_det = step(x)

@@ -1,0 +1,172 @@
+"""The frozen ResNet on the CPU, on oneDNN, with its BatchNorms folded into its convolutions.
+
+    BatchNorm(conv(x)) = g (w * x) + bias - g mean,   g = weight / sqrt(variance + epsilon)
+
+is the convolution with g w and another bias. ReLU and the residual are post-ops: a block's last convolution adds
+itself to the residual, in the residual's own memory. Activations are channels-last, in buffers that belong to a
+`_Program` and are used by one block after the other; only the features returned are written channels-first, into
+tensors of their own.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from models.fused import LOCK, usable
+from models.onednn import RELU, Buffer, Convolution, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
+
+CHUNK = 4  # images that go through the network together, in little memory; the time is flat from 1 to 8
+PROGRAMS = 4  # kept per model, each for one number and size of images
+
+
+def features(model: nn.Layer, images: Tensor, plain: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """What a frozen ResNet has computed after its layers 1, 2 and 3.
+
+    Args:
+        model: with the attributes of `paddle.vision.models.ResNet`: basic or bottleneck blocks, without groups.
+        images: (B, 3, H, W).
+        plain: computes the same from the images with Paddle's operators; used where oneDNN cannot be, in training
+            mode, and where somebody listens to the layers in between.
+    """
+    if model.training or _has_hooks(model) or not usable(images, *model.parameters(), *model.buffers()):
+        return plain(images)
+    with LOCK:
+        try:
+            return _programs.setdefault(model, _Programs())(model, images.contiguous())
+        except Unavailable:  # no fast kernel for this network or size on this CPU
+            return plain(images)
+
+
+def _has_hooks(model: nn.Layer) -> bool:
+    return any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in model.sublayers())
+
+
+class _Programs:
+    """A model's programs; made anew when its weights have changed."""
+
+    def __init__(self) -> None:
+        self._checksum: list[int] = []
+        self._programs: dict[tuple[int, ...], _Program] = {}
+
+    def __call__(self, model: nn.Layer, images: Tensor) -> list[Tensor]:
+        checksum = _checksum(model)
+        if checksum != self._checksum:
+            self._checksum = checksum
+            self._programs.clear()
+        _, _, h, w = images.shape
+        source, results = Buffer.of(images).array, None
+        for start in range(0, len(source), CHUNK):
+            chunk = source[start : start + CHUNK]
+            program = self._program(model, len(chunk), h, w)
+            if results is None:
+                results = [paddle.empty([len(source), *shape[1:]], "float32") for shape in program.shapes]
+                arrays = [Buffer.of(tensor).array for tensor in results]
+            program(chunk, [array[start : start + CHUNK] for array in arrays])
+        return results
+
+    def _program(self, model: nn.Layer, b: int, h: int, w: int) -> "_Program":
+        if (b, h, w) not in self._programs:
+            if len(self._programs) == PROGRAMS:
+                del self._programs[next(iter(self._programs))]  # the oldest
+            self._programs[b, h, w] = _Program(model, b, h, w)
+        return self._programs[b, h, w]
+
+
+_programs: weakref.WeakKeyDictionary[nn.Layer, _Programs] = weakref.WeakKeyDictionary()
+
+
+def _checksum(model: nn.Layer) -> list[int]:
+    """A number per weight, of all its bits: Paddle counts some in-place changes, but not those of `set_state_dict`.
+
+    It takes a millisecond for ResNet18.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return [int(Buffer.of(t).array.view(np.uint32).sum(dtype=np.uint32)) for t in tensors]
+
+
+class _Program:
+    """The network for b images of one size, as calls of primitives on buffers of its own."""
+
+    def __init__(self, model: nn.Layer, b: int, h: int, w: int) -> None:
+        self._memory: dict[tuple[int, int], Buffer] = {}
+        self._calls: list[tuple[Primitive, list[Buffer]]] = []
+        self._outputs: list[tuple[int, Primitive, Buffer]] = []  # after how many calls, and how, a feature map leaves
+        self.shapes: list[tuple[int, ...]] = []  # of the feature maps, (b, C, h, w)
+
+        shape = (b, 3, h, w)
+        self._enter = reorder(Layout.dense(shape), Layout.channels_last(shape))
+        self._images = self._buffer(0, shape)
+        x, shape = self._convolve(model.conv1, model.bn1, self._images, shape, to=1)
+        pool = MaxPool(shape, model.maxpool.ksize, model.maxpool.stride, model.maxpool.padding)
+        pooled = self._buffer(0, pool.dst)
+        self._calls.append((pool, [x, pooled]))
+        x, slot, shape = pooled, 0, pool.dst
+        for layer in (model.layer1, model.layer2, model.layer3):
+            for block in layer:
+                x, slot, shape = self._block(block, x, slot, shape)
+            leave = reorder(Layout.channels_last(shape), Layout.dense(shape))
+            self._outputs.append((len(self._calls), leave, x))
+            self.shapes.append(shape)
+
+    def __call__(self, images: np.ndarray, results: Sequence[np.ndarray]) -> None:
+        """Images (b, 3, h, w) -> the feature maps, written into `results`."""
+        self._enter(Buffer(images), self._images)
+        done = 0
+        for (count, leave, x), result in zip(self._outputs, results, strict=True):
+            for primitive, buffers in self._calls[done:count]:
+                primitive(*buffers)
+            done = count
+            leave(x, Buffer(result))
+
+    def _block(
+        self, block: nn.Layer, x: Buffer, slot: int, shape: tuple[int, ...]
+    ) -> tuple[Buffer, int, tuple[int, ...]]:
+        """A residual block on x, which lies in one of four slots: its result, the slot of that, and its shape."""
+        residual, free = x, [i for i in range(4) if i != slot]
+        if block.downsample is not None:
+            slot = free.pop()
+            residual, _ = self._convolve(*block.downsample, x, shape, to=slot, relu=False)
+        *first, last = [
+            (getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")
+        ]
+        for conv, bn in first:
+            x, shape = self._convolve(conv, bn, x, shape, to=free.pop())
+        _, shape = self._convolve(*last, x, shape, add_to=residual)
+        return residual, slot, shape
+
+    def _convolve(
+        self,
+        conv: nn.Conv2D,
+        bn: nn.BatchNorm2D,
+        x: Buffer,
+        shape: tuple[int, ...],
+        to: int = 0,
+        relu: bool = True,
+        add_to: Buffer | None = None,
+    ) -> tuple[Buffer, tuple[int, ...]]:
+        """Convolution and BatchNorm of x into slot `to`, or added to what a buffer holds; the result and its shape."""
+        if conv._groups != 1 or conv._dilation != [1, 1] or conv.bias is not None:
+            raise Unavailable("a convolution with groups, dilation or bias")
+        post_ops = PostOps()
+        if add_to is not None:
+            post_ops.sum()
+        if relu:
+            post_ops.eltwise(RELU)
+        gain = bn.weight.numpy() / np.sqrt(bn._variance.numpy() + bn._epsilon)  # (C)
+        weights = conv.weight.numpy() * gain[:, None, None, None]
+        bias = Buffer(bn.bias.numpy() - gain * bn._mean.numpy())
+        convolution = Convolution(shape, weights.shape, conv._stride[0], post_ops=post_ops)
+        result = add_to or self._buffer(to, convolution.dst)
+        self._calls.append((convolution, [x, convolution.packed(weights), bias, result]))
+        return result, convolution.dst
+
+    def _buffer(self, slot: int, shape: tuple[int, ...]) -> Buffer:
+        """Memory of a slot for activations of a shape; the same one each time it is asked for."""
+        b, c, h, w = shape
+        key = slot, b * c * h * w
+        if key not in self._memory:
+            self._memory[key] = Buffer.empty(*key[1:])
+        return self._memory[key]

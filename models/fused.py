@@ -1,0 +1,463 @@
+"""Flows on the CPU, each as one operation on oneDNN: the numbers of the plain form in `models.fastflow`, sooner.
+
+A flow goes through all its steps channels-last, a few images at a time, so that what a step touches stays in the
+CPU's cache; the backward pass is written out. The halves of x, and those of y, are two dense arrays in one stack.
+With both uses of the step's subnet written as
+
+    h = relu(conv1(condition)),   s = tanh(0.1 a),   out = target exp(clamp s) + 0.1 t,   [a, t] = conv2(h)
+
+conv2 is two convolutions here, because their results go different ways: the one for a ends with the tanh, the one for
+t adds itself to the product that `out` already holds. The factor 0.1 is in their weights. Scale, offset and
+permutation are one convolution down the stack of the two halves, whose kernel has one number other than 0 per output.
+
+Who owns what: `_Forward` and `_Backward` own the primitives for one shape and the scratch memory of those, `_Ends` what
+leads in and out. A `_Tape` holds the activations for as long as Paddle keeps the graph; then the next one takes them.
+What belongs to the shapes least recently used is dropped. One lock guards all of it.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.autograd import PyLayer
+
+from models.onednn import (
+    ADD,
+    EXP,
+    LINEAR,
+    MUL,
+    RELU,
+    RELU_OF_DST,
+    TANH,
+    TANH_OF_DST,
+    Buffer,
+    Convolution,
+    Layout,
+    PostOps,
+    Unavailable,
+    WeightsGradient,
+    eltwise_gradient,
+    multiply,
+    reorder,
+    unavailable,
+)
+
+# Numbers of a feature map, (images, C, H, W), that go through the flow together: 4 MB. Measured at batch 8 on two cores
+# with 1 MB of second level cache each: down to a quarter as fast, at twice as much 8% slower.
+CHUNK = 2**20
+LOCK = threading.RLock()
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether oneDNN can take them: float32 on the CPU, computed now and not traced for a static graph."""
+    return (
+        paddle.in_dynamic_mode()
+        and all(t.place.is_cpu_place() and t.dtype == paddle.float32 and t.size for t in tensors)
+        and unavailable() is None
+    )
+
+
+def flow(
+    x: Tensor, steps: Sequence[nn.Layer], plain: Callable[[Tensor], tuple[Tensor, Tensor]], training: bool
+) -> tuple[Tensor, Tensor]:
+    """Run a flow's steps: (B, C, H, W) -> z (B, C, H, W), log-det (B).
+
+    Args:
+        x: the features.
+        steps: `models.fastflow.FlowStep`s.
+        plain: computes the same from x with Paddle's operators; used where oneDNN cannot be, and for every gradient
+            but that of a loss in training. Paddle 3.3 runs the backward pass of a PyLayer once only, for all its
+            inputs, and crashes on `retain_graph`; gradients in eval mode, or of an x that is a variable itself,
+            are for looking at the model and may be asked for in any way.
+        training: whether the flow is in training mode.
+    """
+    parameters = [p for step in steps for p in _parameters(step)]
+    if not usable(x, *parameters):
+        return plain(x)
+    wants_gradients = paddle.is_grad_enabled() and not all(t.stop_gradient for t in (x, *parameters))
+    if wants_gradients and (not training or (x.is_leaf and not x.stop_gradient)):
+        return plain(x)
+    constants = [(step.permutation.numpy(), step.clamp) for step in steps]
+    try:
+        if wants_gradients:
+            return _Flow.apply(x, *parameters, constants=constants)
+        z, log_det, _ = _forward(x, _steps(parameters, constants), keep=False)
+        return z, log_det
+    except Unavailable:  # no fast kernel for this shape on this CPU
+        return plain(x)
+
+
+def _parameters(step: nn.Layer) -> list[Tensor]:
+    conv1, _, conv2 = step.subnet
+    return [step.global_scale, step.global_offset, conv1.weight, conv1.bias, conv2.weight, conv2.bias]
+
+
+class _Step(NamedTuple):
+    """A step's numbers; the arrays are views of the parameters."""
+
+    scale: np.ndarray  # (C)
+    offset: np.ndarray  # (C)
+    w1: np.ndarray  # (hidden, C/2, k, k)
+    b1: np.ndarray  # (hidden)
+    w2: np.ndarray  # (C, hidden, k, k)
+    b2: np.ndarray  # (C)
+    permutation: np.ndarray  # (C)
+    clamp: float
+
+    def mixing(self) -> np.ndarray:
+        """(C, C) such that permute(y scale) = y @ mixing, for y (pixels, C)."""
+        matrix = np.zeros((self.scale.size, self.scale.size), np.float32)
+        matrix[self.permutation, np.arange(self.scale.size)] = self.scale[self.permutation]
+        return matrix
+
+
+def _steps(parameters: Sequence[Tensor], constants: Sequence[tuple[np.ndarray, float]]) -> list[_Step]:
+    views = [Buffer.of(p).array for p in parameters]
+    return [
+        _Step(views[6 * i].ravel(), views[6 * i + 1].ravel(), *views[6 * i + 2 : 6 * i + 6], *constant)
+        for i, constant in enumerate(constants)
+    ]
+
+
+class _Flow(PyLayer):
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor, constants) -> tuple[Tensor, Tensor]:
+        z, log_det, ctx.tapes = _forward(x, _steps(parameters, constants), keep=True)
+        ctx.constants = constants
+        ctx.save_for_backward(x, *parameters)
+        return z, log_det
+
+    @staticmethod
+    def backward(ctx, z_gradient: Tensor, log_det_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if paddle.is_grad_enabled():
+            raise RuntimeError("create_graph=True: put the flow into eval mode for gradients of gradients")
+        x, *parameters = ctx.saved_tensor()
+        gradients = _backward(ctx.tapes, _steps(parameters, ctx.constants), z_gradient, log_det_gradient)
+        return tuple(None if t.stop_gradient else g for t, g in zip((x, *parameters), gradients, strict=True))
+
+
+class _Stack:
+    """The two halves of the channels of b images, channels-last, one after the other."""
+
+    def __init__(self, b: int, half: int, h: int, w: int) -> None:
+        self.whole = Buffer.empty(2, b, h, w, half)
+        self.halves = self.whole[0], self.whole[1]
+
+
+class _Activations:
+    """What a step computes for b images and its backward pass needs again."""
+
+    def __init__(self, b: int, half: int, hidden: int, h: int, w: int) -> None:
+        self.x = _Stack(b, half, h, w)
+        self.y = _Stack(b, half, h, w)  # before scale, offset and permutation
+        self.hidden = [Buffer.empty(b, h, w, hidden) for _ in range(2)]  # per use of the subnet
+        self.tanh = [Buffer.empty(b, h, w, half) for _ in range(2)]
+
+
+class _Forward:
+    """The primitives of a step's forward pass over b images."""
+
+    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kernel: int) -> None:
+        self._images = b
+        condition, inner = (b, half, h, w), (b, hidden, h, w)
+        w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
+        self.conv1 = Convolution(condition, w1, post_ops=PostOps().eltwise(RELU))
+        self.conv_a = Convolution(inner, w2, post_ops=PostOps().eltwise(TANH))
+        self.conv_t = Convolution(inner, w2, post_ops=PostOps().sum())
+        flat = Layout.dense([b * half * h * w])
+        # (s, clamp, out, target): out = exp(clamp s) target
+        self.exp_times = multiply(flat, Layout.dense([1]), PostOps().eltwise(EXP).binary(MUL, flat))
+        # an image of 2 rows, the halves, to one row
+        self.mix = Convolution((1, half, 2, b * h * w), (half, half, 2, 1), padding=(0, 0))
+
+    def packed_mixing(self, matrix: np.ndarray) -> list[Buffer]:
+        """(C, C), from channel to channel -> the weights for each half of the result."""
+        half = len(matrix) // 2
+        weights = matrix.reshape(2, half, 2, half).transpose(2, 3, 1, 0)  # (half to, to, from, half from)
+        return [self.mix.packed(w[..., None]) for w in weights]
+
+    def __call__(self, weights: "_ForwardWeights", memory: _Activations, to: _Stack) -> np.ndarray:
+        """memory.x -> `to`; returns the sum of s over channels and pixels, (b)."""
+        (x1, x2), (y1, y2) = memory.x.halves, memory.y.halves
+        total = 0.0
+        for i, (condition, target, out) in enumerate(((x1, x2, y2), (y2, x1, y1))):
+            self.conv1(condition, weights.w1, weights.b1, memory.hidden[i])
+            self.conv_a(memory.hidden[i], weights.wa, weights.ba, memory.tanh[i])
+            self.exp_times(memory.tanh[i], weights.clamp, out, target)
+            self.conv_t(memory.hidden[i], weights.wt, weights.bt, out)
+            total = total + memory.tanh[i].array.reshape(self._images, -1).sum(1)
+        for weight, offset, half in zip(weights.mixing, weights.offset, to.halves, strict=True):
+            self.mix(memory.y.whole, weight, offset, half)
+        return total
+
+
+class _ForwardWeights:
+    """A step's parameters as `_Forward` takes them."""
+
+    def __init__(self, kernels: _Forward, step: _Step) -> None:
+        half = len(step.w2) // 2
+        w2, b2 = 0.1 * step.w2, 0.1 * step.b2
+        self.w1, self.b1 = kernels.conv1.packed(step.w1), Buffer(step.b1)
+        self.wa, self.ba = kernels.conv_a.packed(w2[:half]), Buffer(b2[:half])
+        self.wt, self.bt = kernels.conv_t.packed(w2[half:]), Buffer(b2[half:])
+        self.mixing = kernels.packed_mixing(step.mixing())
+        offset = step.offset[step.permutation]
+        self.offset = Buffer(offset[:half]), Buffer(offset[half:])
+        self.clamp = Buffer(np.full(1, step.clamp, np.float32))
+
+
+class _Backward:
+    """The primitives of a step's backward pass over b images, and the scratch memory they share."""
+
+    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kernel: int, clamp: float) -> None:
+        condition, inner = (b, half, h, w), (b, hidden, h, w)
+        w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
+        self.w1_gradient = WeightsGradient(condition, w1)
+        self.w2_gradient = WeightsGradient(inner, w2)
+        self.conv_a_adjoint = Convolution(condition, w1)
+        self.conv_t_adjoint = Convolution(condition, w1, post_ops=PostOps().sum())
+        self.conv1_adjoint = Convolution(inner, w2, post_ops=PostOps().sum())
+        self.relu_gradient = eltwise_gradient(RELU_OF_DST, b * hidden * h * w)
+        self.tanh_gradient = eltwise_gradient(TANH_OF_DST, b * half * h * w)
+        # (gradient of target, target, gradient of s, gradient of log-det): the third is clamp (first second + fourth)
+        images, each = Layout.dense([1, b, half * h * w]), Layout.dense([1, b, 1])
+        self.s_gradient = multiply(images, images, PostOps().binary(ADD, each).eltwise(LINEAR, clamp, 0))
+        self.y = _Stack(b, half, h, w)
+        self.a = Buffer.empty(b, h, w, half)
+        self.hidden = Buffer.empty(b, h, w, hidden)
+        self.no_bias = Buffer(np.zeros(max(half, hidden), np.float32))
+        # written by each call of a weights' gradient, then added to the sums
+        self.w1, self.b1 = Buffer.empty(self.w1_gradient.size), Buffer.empty(hidden)
+        self.w2, self.b2 = Buffer.empty(self.w2_gradient.size), Buffer.empty(half)
+
+    def __call__(
+        self,
+        forward: _Forward,
+        weights: "_BackwardWeights",
+        memory: _Activations,
+        g: _Stack,
+        log_det_gradient: Buffer,  # (b)
+        sums: "_Sums",
+    ) -> None:
+        """Replace the gradient of the step's result, in g, by that of its x; add its parameters' to the sums."""
+        for weight, half in zip(weights.unmixing, self.y.halves, strict=True):
+            forward.mix(g.whole, weight, self.no_bias, half)
+        gy, y = self.y.whole.array, memory.y.whole.array
+        sums.scale += _channel_sums(gy, y)
+        sums.offset += _channel_sums(gy)
+        (x1, x2), (_, y2) = memory.x.halves, memory.y.halves
+        (gx1, gx2), (gy1, gy2) = g.halves, self.y.halves
+        # the second use of the subnet first: it gives gy2 its other part
+        uses = (1, y2, x1, gy1, gx1, gy2), (0, x1, x2, gy2, gx2, gx1)
+        for i, condition, target, g_out, g_target, g_condition in uses:
+            s, hidden = memory.tanh[i], memory.hidden[i]
+            forward.exp_times(s, weights.clamp, g_target, g_out)
+            self.s_gradient(g_target, target, self.a, log_det_gradient)
+            self.tanh_gradient(s, self.a, self.a)
+            self._add(self.w2_gradient, hidden, self.a, self.w2, self.b2, sums.wa, sums.ba)
+            self._add(self.w2_gradient, hidden, g_out, self.w2, self.b2, sums.wt, sums.bt)
+            self.conv_a_adjoint(self.a, weights.wa, self.no_bias, self.hidden)
+            self.conv_t_adjoint(g_out, weights.wt, self.no_bias, self.hidden)
+            self.relu_gradient(hidden, self.hidden, self.hidden)
+            self._add(self.w1_gradient, condition, self.hidden, self.w1, self.b1, sums.w1, sums.b1)
+            self.conv1_adjoint(self.hidden, weights.w1, self.no_bias, g_condition)
+
+    @staticmethod
+    def _add(
+        gradient: WeightsGradient,
+        src: Buffer,
+        g: Buffer,
+        w: Buffer,
+        b: Buffer,
+        w_sum: np.ndarray,
+        b_sum: np.ndarray,
+    ) -> None:
+        gradient(src, g, w, b)
+        w_sum += w.array
+        b_sum += b.array
+
+
+class _BackwardWeights:
+    """A step's parameters as `_Backward` takes them."""
+
+    def __init__(self, forward: _Forward, kernels: _Backward, step: _Step) -> None:
+        half = len(step.w2) // 2
+        w2 = 0.1 * step.w2
+        self.w1 = kernels.conv1_adjoint.packed_adjoint(step.w1)
+        self.wa = kernels.conv_a_adjoint.packed_adjoint(w2[:half])
+        self.wt = kernels.conv_t_adjoint.packed_adjoint(w2[half:])
+        self.unmixing = forward.packed_mixing(step.mixing().T)
+        self.clamp = Buffer(np.full(1, step.clamp, np.float32))
+
+
+class _Sums:
+    """Gradients of a step's parameters, summed over images and over both uses of the subnet."""
+
+    def __init__(self, kernels: _Backward) -> None:
+        self._kernels = kernels
+        w1, b1, w2, b2 = (buffer.array.size for buffer in (kernels.w1, kernels.b1, kernels.w2, kernels.b2))
+        self.w1, self.b1, self.wa, self.ba, self.wt, self.bt = (
+            np.zeros(size, np.float32) for size in (w1, b1, w2, b2, w2, b2)
+        )
+        self.scale, self.offset = np.zeros((2, 2 * b2), np.float32)
+
+    def gradients(self) -> list[np.ndarray]:
+        """In the order and shape of the parameters; those of scale and offset still have the factor scale."""
+        unpacked = self._kernels.w2_gradient.unpacked
+        return [
+            self.scale.reshape(1, -1, 1, 1),
+            self.offset.reshape(1, -1, 1, 1),
+            self._kernels.w1_gradient.unpacked(self.w1),
+            self.b1,
+            0.1 * np.concatenate([unpacked(self.wa), unpacked(self.wt)]),
+            0.1 * np.concatenate([self.ba, self.bt]),
+        ]
+
+
+class _Tape:
+    """The activations of a chunk of images at each step; lent until the tape goes, with Paddle's graph.
+
+    Without `keep`, steps of one shape share theirs: each overwrites the last one's.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], keep: bool) -> None:
+        self._lent: dict[tuple[int, ...], _Activations] = {}
+        self.steps = []
+        for i, shape in enumerate(shapes):
+            key = (i if keep else 0, *shape)
+            if key not in self._lent:
+                free = _free_activations(*shape)
+                self._lent[key] = free.pop() if free else _Activations(*shape)
+            self.steps.append(self._lent[key])
+
+    def __del__(self) -> None:
+        for (_, *shape), activations in self._lent.items():
+            _free_activations(*shape).append(activations)
+
+
+@functools.lru_cache(maxsize=32)
+def _free_activations(*shape: int) -> list[_Activations]:
+    return []
+
+
+_forward_kernels = functools.lru_cache(maxsize=32)(_Forward)
+_backward_kernels = functools.lru_cache(maxsize=32)(_Backward)
+
+
+class _Ends:
+    """Between Paddle's tensors (b, C, H, W) and stacks, and the stack to begin or end with."""
+
+    def __init__(self, b: int, half: int, h: int, w: int) -> None:
+        channels_first = Layout.strided((b, half, h, w), (2 * half * h * w, h * w, w, 1))  # half of a tensor
+        channels_last = Layout.channels_last((b, half, h, w))
+        self._split, self._join = reorder(channels_first, channels_last), reorder(channels_last, channels_first)
+        self._half = half
+        self.stack = _Stack(b, half, h, w)
+
+    def split(self, images: np.ndarray, stack: _Stack) -> None:
+        for i, half in enumerate(stack.halves):
+            self._split(Buffer(images[:, i * self._half :]), half)
+
+    def join(self, stack: _Stack, images: np.ndarray) -> None:
+        for i, half in enumerate(stack.halves):
+            self._join(half, Buffer(images[:, i * self._half :]))
+
+
+_ends = functools.lru_cache(maxsize=32)(_Ends)
+
+
+def _chunks(shape: Sequence[int]) -> Iterator[slice]:
+    """The images (B, C, H, W) that go together; all chunks but the last have the same length."""
+    b, c, h, w = shape
+    length = max(1, CHUNK // (c * h * w))
+    return (slice(start, min(start + length, b)) for start in range(0, b, length))
+
+
+def _forward(x: Tensor, steps: Sequence[_Step], keep: bool) -> tuple[Tensor, Tensor, list[_Tape]]:
+    """z (B, C, H, W), log-det (B), and the tapes if they are to be kept."""
+    x = x.contiguous()
+    _, c, h, w = x.shape
+    z = paddle.empty(x.shape, "float32")
+    source, result = Buffer.of(x).array, Buffer.of(z).array
+    log_det = np.full(len(source), sum(h * w * np.log(step.scale).sum() for step in steps), np.float32)
+    tapes, weights = [], {}
+    with LOCK:
+        for images in _chunks(x.shape):
+            n = images.stop - images.start
+            kernels = [_forward_kernels(*_shape(n, step, h, w), step.w1.shape[-1]) for step in steps]
+            if n not in weights:
+                weights[n] = [_ForwardWeights(k, step) for k, step in zip(kernels, steps, strict=True)]
+            tape = _Tape([_shape(n, step, h, w) for step in steps], keep)
+            ends = _ends(n, c // 2, h, w)
+            ends.split(source[images], tape.steps[0].x)
+            followers = [*(memory.x for memory in tape.steps[1:]), ends.stack]
+            for kernel, weight, memory, to, step in zip(kernels, weights[n], tape.steps, followers, steps, strict=True):
+                log_det[images] += step.clamp * kernel(weight, memory, to)
+            ends.join(ends.stack, result[images])
+            if keep:
+                tapes.append(tape)
+    return z, _tensor(log_det), tapes
+
+
+def _backward(
+    tapes: Sequence[_Tape], steps: Sequence[_Step], z_gradient: Tensor, log_det_gradient: Tensor
+) -> list[Tensor]:
+    """The gradients of x, and of each step's parameters in their order."""
+    z_gradient = z_gradient.contiguous()
+    _, c, h, w = z_gradient.shape
+    x_gradient = paddle.empty(z_gradient.shape, "float32")
+    source, result = Buffer.of(z_gradient).array, Buffer.of(x_gradient).array
+    log_det = np.ascontiguousarray(log_det_gradient.numpy())
+    weights, sums = {}, {}
+    with LOCK:
+        for images, tape in zip(_chunks(z_gradient.shape), tapes, strict=True):
+            n = images.stop - images.start
+            shapes = [(*_shape(n, step, h, w), step.w1.shape[-1]) for step in steps]
+            forward = [_forward_kernels(*shape) for shape in shapes]
+            backward = [_backward_kernels(*shape, step.clamp) for shape, step in zip(shapes, steps, strict=True)]
+            if n not in weights:
+                weights[n] = [_BackwardWeights(*three) for three in zip(forward, backward, steps, strict=True)]
+                sums[n] = [_Sums(k) for k in backward]
+            ends = _ends(n, c // 2, h, w)
+            ends.split(source[images], ends.stack)
+            each = Buffer(log_det[images])
+            for i in reversed(range(len(steps))):
+                backward[i](forward[i], weights[n][i], tape.steps[i], ends.stack, each, sums[n][i])
+            ends.join(ends.stack, result[images])
+        gradients = [x_gradient]
+        for i, step in enumerate(steps):
+            of_all_sizes = [of_size[i].gradients() for of_size in sums.values()]
+            scale, offset, *others = (sum(arrays) for arrays in zip(*of_all_sizes, strict=True))
+            factor = step.scale.reshape(1, -1, 1, 1)
+            log_det_part = h * w * log_det.sum()  # log-det has H W sum(log scale)
+            gradients += map(_tensor, [(scale + log_det_part) / factor, offset / factor, *others])
+    return gradients
+
+
+def _shape(n: int, step: _Step, h: int, w: int) -> tuple[int, int, int, int, int]:
+    return n, step.w1.shape[1], len(step.w1), h, w
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A new tensor with these numbers; `paddle.to_tensor` loses 100 bytes at each call (3.3.1)."""
+    tensor = paddle.empty(array.shape, "float32")
+    Buffer.of(tensor).array[...] = array
+    return tensor
+
+
+def _channel_sums(*stacks: np.ndarray) -> np.ndarray:
+    """The sum over pixels of the product of stacks (2, b, H, W, C/2) -> (C).
+
+    Many pixels are taken as one long row first, which numpy adds several times faster than short rows.
+    """
+    half = stacks[0].shape[-1]
+    pixels = stacks[0].size // 2 // half
+    group = math.gcd(pixels, 64)
+    rows = [s.reshape(2, pixels // group, group * half) for s in stacks]
+    sums = np.einsum("ikn,ikn->in", *rows) if len(rows) == 2 else rows[0].sum(1)
+    return sums.reshape(2, group, half).sum(1).ravel()

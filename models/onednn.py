@@ -1,0 +1,472 @@
+"""The oneDNN library that Paddle's wheel carries, called directly through ctypes; nothing is compiled.
+
+Paddle's own CPU convolution reaches half of what oneDNN does on the same cores, and each pointwise operation is one
+more pass over memory. `models.fused` and `models.folded` build the flows and the backbone from the primitives here.
+
+* Layout: activations are channels-last, (B, H, W, C) in memory, dense float32. The library chooses the layout of
+  weights, and a reorder packs Paddle's (O, I, kH, kW) into it. A reorder also leads from channels-first and back.
+* Ownership: a `Primitive` owns its handles, which are destroyed with it. It never owns data: a `Buffer` belongs to the
+  caller and is only used during the call. The library's scratch memory is its own.
+* Threads: oneDNN runs on the OpenMP threads that Paddle uses. A `Primitive` serves one caller at a time.
+
+`unavailable` says why all this cannot be used: no such library, another version, another result than Paddle's, no fast
+kernel for this CPU, another system than Linux on x86-64, or FASTFLOW_ONEDNN=0 in the environment.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import platform
+import weakref
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+
+# dnnl_types.h of oneDNN 3; the values are part of its ABI
+CPU, IN_ORDER, F32, ANY = 1, 1, 3, 1
+TRAINING, INFERENCE, CONVOLUTION_DIRECT, POOLING_MAX = 64, 96, 1, 0x1FF
+RELU, TANH, LINEAR, EXP, RELU_OF_DST, TANH_OF_DST = 0x20, 0x21, 0x26, 0x2A, 0x100, 0x101
+ADD, MUL = 0x1FFF0, 0x1FFF1
+SRC, SRC_1, DST, WEIGHTS, BIAS = 1, 2, 17, 33, 41
+DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, POST_OP = 129, 145, 161, 169, 32768
+QUERY_IMPLEMENTATION, QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 8, 131, 132
+
+# Every function used and the types of its arguments; all but the two in RESULTS return a status, 0 for success.
+H = c_void_p  # a handle, an array of dimensions, or a pointer to data
+NEW = POINTER(c_void_p)  # where a new handle goes
+SIGNATURES = {
+    "dnnl_engine_create": [NEW, c_int, c_size_t],
+    "dnnl_stream_create": [NEW, H, c_int],
+    "dnnl_memory_desc_create_with_tag": [NEW, c_int, H, c_int, c_int],
+    "dnnl_memory_desc_create_with_strides": [NEW, c_int, H, c_int, H],
+    "dnnl_memory_desc_clone": [NEW, H],
+    "dnnl_memory_desc_get_size": [H],
+    "dnnl_memory_desc_destroy": [H],
+    "dnnl_memory_create": [NEW, H, H, H],
+    "dnnl_memory_set_data_handle": [H, H],
+    "dnnl_memory_destroy": [H],
+    "dnnl_post_ops_create": [NEW],
+    "dnnl_post_ops_append_sum": [H, c_float, c_int, c_int],
+    "dnnl_post_ops_append_eltwise": [H, c_int, c_float, c_float],
+    "dnnl_post_ops_append_binary": [H, c_int, H],
+    "dnnl_post_ops_destroy": [H],
+    "dnnl_primitive_attr_create": [NEW],
+    "dnnl_primitive_attr_set_post_ops": [H, H],
+    "dnnl_primitive_attr_destroy": [H],
+    "dnnl_convolution_forward_primitive_desc_create": [NEW, H, c_int, c_int, H, H, H, H, H, H, H, H, H],
+    "dnnl_convolution_backward_weights_primitive_desc_create": [NEW, H, c_int, H, H, H, H, H, H, H, H, H, H],
+    "dnnl_eltwise_forward_primitive_desc_create": [NEW, H, c_int, c_int, H, H, c_float, c_float, H],
+    "dnnl_eltwise_backward_primitive_desc_create": [NEW, H, c_int, H, H, H, c_float, c_float, H, H],
+    "dnnl_binary_primitive_desc_create": [NEW, H, c_int, H, H, H, H],
+    "dnnl_pooling_forward_primitive_desc_create": [NEW, H, c_int, c_int, H, H, H, H, H, H, H, H],
+    "dnnl_reorder_primitive_desc_create": [NEW, H, H, H, H, H],
+    "dnnl_primitive_desc_query": [H, c_int, c_int, H],
+    "dnnl_primitive_desc_query_md": [H, c_int, c_int],
+    "dnnl_primitive_desc_destroy": [H],
+    "dnnl_primitive_create": [NEW, H],
+    "dnnl_primitive_execute": [H, H, c_int, H],
+    "dnnl_primitive_destroy": [H],
+}
+RESULTS = {"dnnl_memory_desc_get_size": c_size_t, "dnnl_primitive_desc_query_md": c_void_p}
+
+
+class Unavailable(Exception):
+    """oneDNN cannot be used, or not for these shapes; the message says why."""
+
+
+class _Version(ctypes.Structure):
+    _fields_ = [("major", c_int), ("minor", c_int), ("patch", c_int)]
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [("index", c_int), ("memory", c_void_p)]
+
+
+class Library:
+    """The loaded library, its CPU engine and its stream; they live as long as the process."""
+
+    def __init__(self, path: Path) -> None:
+        if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+            raise Unavailable(f"no support for {platform.system()} on {platform.machine()}")
+        try:
+            self._library = ctypes.CDLL(str(path))
+            version = self._library.dnnl_version
+            version.restype = POINTER(_Version)
+            found = version().contents
+            self.version = f"{found.major}.{found.minor}.{found.patch}"
+            if found.major != 3:
+                raise Unavailable(f"{path.name} is oneDNN {self.version}, not 3.x")
+            for name, arguments in SIGNATURES.items():
+                function = getattr(self._library, name)
+                function.argtypes = arguments
+                function.restype = RESULTS.get(name, c_int)
+                setattr(self, name, function)
+        except (OSError, AttributeError) as error:  # no such file; no such symbol
+            raise Unavailable(f"{path.name}: {error}") from error
+        self.engine = self.create("dnnl_engine", CPU, 0)
+        self.stream = self.create("dnnl_stream", self.engine, IN_ORDER)
+
+    def create(self, kind: str, *arguments, constructor: str = "_create") -> c_void_p:
+        """A new handle from `<kind><constructor>`, which the caller destroys."""
+        handle = c_void_p()
+        code = getattr(self, kind + constructor)(byref(handle), *arguments)
+        if code:
+            raise Unavailable(f"{kind}{constructor}: status {code}")
+        return handle
+
+
+@functools.cache
+def library() -> Library:
+    """Paddle's own copy, loaded once."""
+    return Library(Path(paddle.__file__).parent / "libs" / "libdnnl.so.3")
+
+
+class Handle:
+    """A oneDNN object; destroyed when nothing refers to it any more."""
+
+    def __init__(self, kind: str, *arguments, constructor: str = "_create") -> None:
+        self.value = library().create(kind, *arguments, constructor=constructor)
+        kind = "dnnl_primitive_desc" if kind.endswith("primitive_desc") else kind
+        weakref.finalize(self, getattr(library(), kind + "_destroy"), self.value).atexit = False
+
+
+class Layout:
+    """A float32 memory descriptor: dimensions in oneDNN's order, (B, C, H, W), and where each element lies."""
+
+    def __init__(self, *arguments, constructor: str) -> None:
+        self._handle = Handle("dnnl_memory_desc", *arguments, constructor=constructor)
+        self.value = self._handle.value
+        self.size = library().dnnl_memory_desc_get_size(self.value) // 4  # elements
+
+    @classmethod
+    def strided(cls, shape: Sequence[int], strides: Sequence[int]) -> "Layout":
+        """Strides count elements."""
+        return cls(len(shape), _dims(shape), F32, _dims(strides), constructor="_create_with_strides")
+
+    @classmethod
+    def dense(cls, shape: Sequence[int]) -> "Layout":
+        """The order of numpy and Paddle: neighbours in the last dimension are neighbours in memory."""
+        return cls.strided(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))])
+
+    @classmethod
+    def channels_last(cls, shape: Sequence[int]) -> "Layout":
+        """(B, C, H, W) that lies in memory as (B, H, W, C)."""
+        _, c, h, w = shape
+        return cls.strided(shape, (h * w * c, 1, w * c, c))
+
+    @classmethod
+    def any(cls, shape: Sequence[int]) -> "Layout":
+        """The library chooses when it makes a primitive."""
+        return cls(len(shape), _dims(shape), F32, ANY, constructor="_create_with_tag")
+
+    @classmethod
+    def chosen(cls, description: Handle, query: int) -> "Layout":
+        """What the library chose."""
+        return cls(library().dnnl_primitive_desc_query_md(description.value, query, 0), constructor="_clone")
+
+
+class Buffer:
+    """Float32 memory; `array` is what keeps it alive."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.address = array.ctypes.data
+
+    @classmethod
+    def empty(cls, *shape: int) -> "Buffer":
+        """New memory that begins on a cache line of 64 bytes."""
+        size = math.prod(shape)
+        memory = np.empty(size + 16, np.float32)
+        start = -memory.ctypes.data % 64 // 4
+        return cls(memory[start : start + size].reshape(shape))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Buffer":
+        """The memory of a contiguous float32 CPU tensor itself; the caller keeps the tensor."""
+        memory = (c_float * math.prod(tensor.shape)).from_address(tensor.data_ptr())
+        return cls(np.ctypeslib.as_array(memory).reshape(tensor.shape))
+
+    def __getitem__(self, index: int | slice) -> "Buffer":
+        return Buffer(self.array[index])
+
+
+class Primitive:
+    """One compiled operation; call it with a Buffer for each argument."""
+
+    def __init__(self, description: Handle, arguments: dict[int, Layout]) -> None:
+        lib = library()
+        name = c_char_p()
+        lib.dnnl_primitive_desc_query(description.value, QUERY_IMPLEMENTATION, 0, byref(name))
+        self.implementation = name.value.decode()
+        # correct, but a reference kernel is a hundred times slower, and one without AVX slower than Paddle's
+        if self.implementation.startswith("ref") or "sse" in self.implementation:
+            raise Unavailable(f"no fast kernel for this CPU, only {self.implementation}")
+        self._primitive = Handle("dnnl_primitive", description.value)
+        self._memories = [Handle("dnnl_memory", layout.value, lib.engine, None) for layout in arguments.values()]
+        pairs = [(index, memory.value) for index, memory in zip(arguments, self._memories, strict=True)]
+        self._arguments = (_Argument * len(pairs))(*pairs)
+
+    def __call__(self, *buffers: Buffer) -> None:
+        lib = library()
+        for memory, buffer in zip(self._memories, buffers, strict=True):
+            lib.dnnl_memory_set_data_handle(memory.value, buffer.address)
+        code = lib.dnnl_primitive_execute(self._primitive.value, lib.stream, len(buffers), self._arguments)
+        if code:
+            raise RuntimeError(f"oneDNN {self.implementation}: status {code}")
+
+
+class PostOps:
+    """What a primitive does to a result before it writes it: `sum` adds what `dst` held, `eltwise` is a function of
+    one number, `binary` takes another Buffer, which then is one more argument of the call."""
+
+    def __init__(self) -> None:
+        self._operations = Handle("dnnl_post_ops")
+        self._count = 0
+        self.arguments: dict[int, Layout] = {}
+
+    def sum(self) -> "PostOps":
+        library().dnnl_post_ops_append_sum(self._operations.value, 1, 0, 0)
+        self._count += 1
+        return self
+
+    def eltwise(self, function: int, alpha: float = 0, beta: float = 0) -> "PostOps":
+        library().dnnl_post_ops_append_eltwise(self._operations.value, function, alpha, beta)
+        self._count += 1
+        return self
+
+    def binary(self, function: int, other: Layout) -> "PostOps":
+        library().dnnl_post_ops_append_binary(self._operations.value, function, other.value)
+        self._count += 1
+        self.arguments[POST_OP * self._count | SRC_1] = other
+        return self
+
+    def attributes(self) -> Handle:
+        """The form in which a primitive takes them."""
+        attributes = Handle("dnnl_primitive_attr")
+        library().dnnl_primitive_attr_set_post_ops(attributes.value, self._operations.value)
+        return attributes
+
+
+def reorder(src: Layout, dst: Layout) -> Primitive:
+    """(src, dst): the same elements where dst has them."""
+    engine = library().engine
+    description = Handle("dnnl_reorder_primitive_desc", src.value, engine, dst.value, engine, None)
+    return Primitive(description, {SRC: src, DST: dst})
+
+
+class Convolution(Primitive):
+    """(src, weights, bias, dst): dst = post_ops(src * weights + bias), src and dst channels-last.
+
+    The weights are `packed` (O, I, kH, kW), in the layout that the library chose.
+    """
+
+    def __init__(
+        self,
+        src: Sequence[int],  # (B, I, H, W)
+        weights: Sequence[int],  # (O, I, kH, kW)
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,  # default: H and W stay, at stride 1
+        post_ops: PostOps | None = None,
+    ) -> None:
+        post_ops = post_ops or PostOps()
+        arguments, geometry, self.dst = _convolution(src, weights, stride, padding)
+        attributes = post_ops.attributes()
+        description = Handle(
+            "dnnl_convolution_forward_primitive_desc",
+            *(library().engine, TRAINING, CONVOLUTION_DIRECT),
+            *(layout.value for layout in arguments),
+            *geometry,
+            attributes.value,
+        )
+        src_, _, bias, dst = arguments
+        self._weights = Layout.chosen(description, QUERY_WEIGHTS)
+        super().__init__(description, {SRC: src_, WEIGHTS: self._weights, BIAS: bias, DST: dst} | post_ops.arguments)
+        o, _, kh, kw = weights
+        self._pack = reorder(Layout.dense(weights), self._weights)
+        # the same weights where (I, O, kH, kW) lies in memory
+        transposed = Layout.strided(weights, (kh * kw, o * kh * kw, kw, 1))
+        self._pack_transposed = reorder(transposed, self._weights)
+
+    def packed(self, weights: np.ndarray) -> Buffer:
+        """Weights (O, I, kH, kW) as a call takes them."""
+        return _reordered(self._pack, weights, self._weights.size)
+
+    def packed_adjoint(self, weights: np.ndarray) -> Buffer:
+        """The weights that bring the gradient of dst back to src, of a convolution I -> O with stride 1.
+
+        That is a convolution too, by the weights turned by 180 degrees and with I and O exchanged. oneDNN's own
+        gradient is this one without post-ops; here `sum` adds it to what is there.
+        """
+        i, o, kh, kw = weights.shape
+        turned = weights.reshape(i, o, kh * kw)[:, :, ::-1]
+        return _reordered(self._pack_transposed, turned, self._weights.size)
+
+
+class WeightsGradient(Primitive):
+    """(src, gradient of dst, of weights, of bias): of a Convolution with stride 1; overwrites the latter two.
+
+    The gradient of the weights has a layout of the library's choice and `size` elements: `unpacked` is (O, I, kH, kW).
+    """
+
+    def __init__(self, src: Sequence[int], weights: Sequence[int]) -> None:
+        arguments, geometry, _ = _convolution(src, weights, 1, None)
+        # oneDNN asks for a forward description as a hint
+        hint = Handle(
+            "dnnl_convolution_forward_primitive_desc",
+            *(library().engine, TRAINING, CONVOLUTION_DIRECT),
+            *(layout.value for layout in arguments),
+            *geometry,
+            None,
+        )
+        description = Handle(
+            "dnnl_convolution_backward_weights_primitive_desc",
+            *(library().engine, CONVOLUTION_DIRECT),
+            *(layout.value for layout in arguments),
+            *geometry,
+            *(hint.value, None),
+        )
+        src_, _, bias, dst = arguments
+        chosen = Layout.chosen(description, QUERY_DIFF_WEIGHTS)
+        super().__init__(description, {SRC: src_, DIFF_DST: dst, DIFF_WEIGHTS: chosen, DIFF_BIAS: bias})
+        self.size = chosen.size
+        self._shape = tuple(weights)
+        self._unpack = reorder(chosen, Layout.dense(weights))
+
+    def unpacked(self, gradient: np.ndarray) -> np.ndarray:
+        """Weights' gradients as this primitive writes them -> (O, I, kH, kW)."""
+        return _reordered(self._unpack, gradient, math.prod(self._shape)).array.reshape(self._shape)
+
+
+def eltwise_gradient(function: int, size: int) -> Primitive:
+    """(dst, gradient of dst, gradient of src) for dst = function(src), one of RELU_OF_DST and TANH_OF_DST."""
+    layout, engine = Layout.dense([size]), library().engine
+    hint = Handle(
+        "dnnl_eltwise_forward_primitive_desc",
+        *(engine, TRAINING, function, layout.value, layout.value, 0, 0, None),
+    )
+    description = Handle(
+        "dnnl_eltwise_backward_primitive_desc",
+        *(engine, function, layout.value, layout.value, layout.value, 0, 0, hint.value, None),
+    )
+    return Primitive(description, {DST: layout, DIFF_DST: layout, DIFF_SRC: layout})
+
+
+def multiply(src: Layout, other: Layout, post_ops: PostOps) -> Primitive:
+    """(src, other, dst): dst = post_ops(src other); `other` may have dimensions of 1, which are repeated."""
+    attributes = post_ops.attributes()
+    description = Handle(
+        "dnnl_binary_primitive_desc",
+        *(library().engine, MUL, src.value, other.value, src.value, attributes.value),
+    )
+    return Primitive(description, {SRC: src, SRC_1: other, DST: src} | post_ops.arguments)
+
+
+class MaxPool(Primitive):
+    """(src, dst): the largest of each window, channels-last."""
+
+    def __init__(self, src: Sequence[int], kernel: int, stride: int, padding: int) -> None:
+        b, c, h, w = src
+        self.dst = (b, c, _output_size(h, kernel, stride, padding), _output_size(w, kernel, stride, padding))
+        src_, dst = Layout.channels_last(src), Layout.channels_last(self.dst)
+        pairs = [_dims((n, n)) for n in (stride, kernel, 0, padding, padding)]
+        description = Handle(
+            "dnnl_pooling_forward_primitive_desc",
+            *(library().engine, INFERENCE, POOLING_MAX, src_.value, dst.value),
+            *pairs,
+            None,
+        )
+        super().__init__(description, {SRC: src_, DST: dst})
+
+
+def _convolution(
+    src: Sequence[int], weights: Sequence[int], stride: int, padding: tuple[int, int] | None
+) -> tuple[list[Layout], list[ctypes.Array], tuple[int, ...]]:
+    """Layouts of src, weights, bias and dst; strides, dilations and paddings; the shape of dst."""
+    b, _, h, w = src
+    o, _, kh, kw = weights
+    py, px = padding or (kh // 2, kw // 2)
+    dst = (b, o, _output_size(h, kh, stride, py), _output_size(w, kw, stride, px))
+    layouts = [Layout.channels_last(src), Layout.any(weights), Layout.dense([o]), Layout.channels_last(dst)]
+    return layouts, [_dims(pair) for pair in ((stride, stride), (0, 0), (py, px), (py, px))], dst
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _reordered(primitive: Primitive, array: np.ndarray, size: int) -> Buffer:
+    result = Buffer.empty(size)
+    primitive(Buffer(np.ascontiguousarray(array, np.float32)), result)
+    return result
+
+
+def _dims(values: Sequence[int]) -> ctypes.Array:
+    return (c_int64 * 12)(*values)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why oneDNN is not used in this process; None where it is."""
+    if os.environ.get("FASTFLOW_ONEDNN", "1") == "0":
+        return "FASTFLOW_ONEDNN=0"
+    try:
+        self_check()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def describe() -> str:
+    """One line for a log: which convolutions a model on the CPU uses, and why."""
+    reason = unavailable()
+    if reason:
+        return f"CPU path: Paddle's own convolutions (oneDNN is not used: {reason})"
+    return f"CPU path: oneDNN {library().version} of the Paddle wheel, called directly (FASTFLOW_ONEDNN=0 turns it off)"
+
+
+def self_check() -> None:
+    """Compare with Paddle and numpy on a small case, both directions; a few milliseconds.
+
+    Raises:
+        Unavailable: another result, no fast kernel for this CPU, or a library that cannot be used at all.
+    """
+    shape, o = (2, 16, 8, 8), 32
+    random = np.random.default_rng(0)
+    x, weights, bias, g = (random.standard_normal(s, np.float32) for s in (shape, (o, 16, 3, 3), o, (2, o, 8, 8)))
+    with paddle.enable_grad():
+        inputs = [paddle.to_tensor(a, place=paddle.CPUPlace(), stop_gradient=False) for a in (x, weights, bias)]
+        y = F.conv2d(*inputs, padding=1)
+        expected = paddle.grad(y, inputs, paddle.to_tensor(g, place=paddle.CPUPlace()))
+
+    def last(a: np.ndarray) -> Buffer:
+        return Buffer(np.ascontiguousarray(a.transpose(0, 2, 3, 1)))
+
+    def first(buffer: Buffer) -> np.ndarray:
+        return buffer.array.transpose(0, 3, 1, 2)
+
+    src, dst, grad_dst, grad_src = last(x), Buffer.empty(2, 8, 8, o), last(g), Buffer.empty(2, 8, 8, 16)
+    convolution = Convolution(shape, weights.shape, post_ops=PostOps().eltwise(TANH))
+    convolution(src, convolution.packed(weights), Buffer(bias), dst)
+    gradient = WeightsGradient(shape, weights.shape)
+    grad_weights, grad_bias = Buffer.empty(gradient.size), Buffer.empty(o)
+    gradient(src, grad_dst, grad_weights, grad_bias)
+    adjoint = Convolution(g.shape, (16, o, 3, 3))
+    adjoint(grad_dst, adjoint.packed_adjoint(weights), Buffer(np.zeros(16, np.float32)), grad_src)
+    flat, product = Layout.dense([dst.array.size]), Buffer.empty(2, 8, 8, o)
+    exp_times = multiply(flat, Layout.dense([1]), PostOps().eltwise(EXP).binary(MUL, flat))
+    exp_times(dst, Buffer(np.full(1, 2, np.float32)), product, dst)
+    pairs = [
+        (first(dst), np.tanh(y.numpy())),
+        (first(grad_src), expected[0].numpy()),
+        (gradient.unpacked(grad_weights.array), expected[1].numpy()),
+        (grad_bias.array, expected[2].numpy()),
+        (product.array, np.exp(2 * dst.array) * dst.array),
+    ]
+    if not all(np.allclose(a, e, rtol=1e-4, atol=1e-4 * np.abs(e).max()) for a, e in pairs):
+        raise Unavailable(f"oneDNN {library().version} computes something else than Paddle")

@@ -1,0 +1,281 @@
+"""The oneDNN path gives the numbers of the plain one, and steps aside where it cannot."""
+
+import ctypes.util
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from paddle.vision import models as vision
+
+from models import folded, fused, onednn
+from models.backbone import ResNet18Features
+from models.fastflow import FastFlow, Flow
+from utils.training import build_optimizer, training_step
+
+REASON = onednn.unavailable()
+needs_onednn = pytest.mark.skipif(REASON is not None, reason=f"oneDNN is not available: {REASON}")
+
+
+@pytest.fixture
+def random():
+    return np.random.RandomState(5)
+
+
+@pytest.fixture
+def without_onednn(monkeypatch):
+    """Call it to turn the plain path on."""
+    return lambda: monkeypatch.setattr(fused, "unavailable", lambda: "a test")
+
+
+def refuse(_):
+    raise AssertionError("the plain path was taken")
+
+
+def make_flow(config, random, channels=32, **changes):
+    """Hidden values stay far from the ReLU's corner, where rounding decides about a gradient."""
+    flow = Flow(channels, dataclasses.replace(config, flow_step=3, **changes), np.random.default_rng(0))
+    for name, parameter in flow.named_parameters():
+        z = random.standard_normal(parameter.shape)
+        if name.endswith("subnet.0.bias"):
+            value = 2 * np.sign(z)
+        elif name.endswith("global_scale"):
+            value = 1 + 0.1 * z
+        elif name.endswith("weight"):
+            gain = 0.2 if "subnet.0" in name else 3
+            value = gain * z / np.sqrt(np.prod(parameter.shape[1:]))
+        else:
+            value = 0.5 * z
+        parameter.set_value(value.astype(np.float32))
+    return flow
+
+
+def tensor(random, *shape):
+    return paddle.to_tensor(random.standard_normal(shape).astype(np.float32))
+
+
+def gradients(forward, flow, x, loss):
+    """z, log-det, and the gradients of x and of the parameters; zeros where there is none."""
+    leaf = x.detach()
+    leaf.stop_gradient = False
+    z, log_det = forward(1 * leaf)
+    loss(z, log_det).backward()
+    tensors = [leaf, *flow.parameters()]
+    result = [z.numpy(), log_det.numpy()]
+    result += [np.zeros(t.shape, np.float32) if t.grad is None else t.grad.numpy() for t in tensors]
+    flow.clear_gradients()
+    return result
+
+
+def assert_agree(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert np.linalg.norm(a - e) <= 3e-4 * np.linalg.norm(e) + 1e-12
+    actual, expected = (np.concatenate([a.ravel() for a in arrays[2:]]) for arrays in (actual, expected))
+    assert np.linalg.norm(actual - expected) <= 5e-5 * np.linalg.norm(expected)
+
+
+def both(z, log_det):
+    weights = paddle.arange(1, len(log_det) + 1, dtype="float32")  # each image's gradient is another
+    return (paddle.sin(z).sum(axis=[1, 2, 3]) * weights).sum() - (log_det * weights).sum()
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"channels": 64},  # hidden width 33
+        {"channels": 128, "hidden_ratio": 1.06},  # 67
+        {"channels": 20, "hidden_ratio": 0.16},  # 1
+        {"conv3x3_only": False},
+        {"clamp": 1.2},
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_flow_agrees(config, random, monkeypatch, changes, batch):
+    flow = make_flow(config, random, **changes)
+    x = tensor(random, batch, flow.module_list[0].global_scale.shape[1], 6, 10)
+    monkeypatch.setattr(fused, "CHUNK", 2 * x[0].size)  # images go two at a time, the last one alone
+    expected = gradients(flow._plain, flow, x, both)
+    monkeypatch.setattr(flow, "_plain", refuse)
+    assert_agree(gradients(flow, flow, x, both), expected)
+    with paddle.no_grad():
+        z, log_det = flow(x)
+    np.testing.assert_allclose(z.numpy(), expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(log_det.numpy(), expected[1], rtol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("loss", [lambda z, _: paddle.sin(z).sum(), lambda _, log_det: log_det.sum()])
+def test_one_output_without_gradient(config, random, loss):
+    flow = make_flow(config, random)
+    x = tensor(random, 2, 32, 6, 6)
+    assert_agree(gradients(flow, flow, x, loss), gradients(flow._plain, flow, x, loss))
+
+
+@needs_onednn
+def test_inputs_that_need_no_gradient(config, random):
+    flow = make_flow(config, random)
+    x = tensor(random, 2, 32, 6, 6)
+    trained = flow.module_list[1].subnet[2].weight
+    for parameter in flow.parameters():
+        parameter.stop_gradient = parameter is not trained
+    both(*flow._plain(x)).backward()
+    expected = trained.grad.numpy()
+    flow.clear_gradients()
+    both(*fused.flow(x, flow.module_list, refuse, training=True)).backward()
+    np.testing.assert_allclose(trained.grad.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert all(p.grad is None for p in flow.parameters() if p is not trained)
+
+
+@needs_onednn
+@paddle.no_grad()
+def test_input_that_is_not_contiguous(config, random):
+    flow = make_flow(config, random)
+    x = tensor(random, 2, 32, 6, 10).transpose([0, 1, 3, 2])
+    np.testing.assert_allclose(flow(x)[0].numpy(), flow._plain(x)[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_gradients_in_eval_mode_can_be_asked_for_in_any_way(config, random):
+    flow = make_flow(config, random, channels=8)
+    flow.eval()
+    z, _ = flow(tensor(random, 1, 8, 2, 2))
+    weight = flow.module_list[0].subnet[0].weight
+    for _ in range(2):
+        (first,) = paddle.grad(z.sum(), [weight], retain_graph=True, create_graph=True)
+    assert first.shape == weight.shape
+
+
+@needs_onednn
+def test_activations_are_used_again(config, random, monkeypatch):
+    made = []
+    activations = fused._Activations
+    monkeypatch.setattr(fused, "_Activations", lambda *shape: made.append(shape) or activations(*shape))
+    flow = make_flow(config, random)
+    x = {batch: tensor(random, batch, 32, 7, 5) for batch in (1, 2, 3)}
+    for batch in [1, 2, 3] * 5:
+        both(*flow(x[batch])).backward()
+    assert len(made) <= 3 * len(flow.module_list)
+
+
+@needs_onednn
+def test_training_gives_the_same_losses(config, random, without_onednn):
+    config = dataclasses.replace(config, input_size=64, pretrained="offline")
+    images = [tensor(random, batch, 3, 64, 64) for batch in (4, 4, 2)]
+
+    def losses():
+        model = FastFlow(config)
+        model.set_state_dict(state)
+        model.train()
+        optimizer = build_optimizer(model, config)
+        return [training_step(model, optimizer, model.feature_extractor(x)).item() for x in images * 2]
+
+    paddle.seed(0)
+    state = FastFlow(config).state_dict()
+    actual = losses()
+    without_onednn()
+    np.testing.assert_allclose(actual, losses(), rtol=1e-4)
+
+
+@pytest.fixture
+def backbone(random):
+    paddle.seed(0)
+    return with_statistics(ResNet18Features(), random)
+
+
+def with_statistics(model, random):
+    model.eval()
+    for name, buffer in model.named_buffers():
+        z = random.standard_normal(buffer.shape).astype(np.float32)
+        buffer.set_value(1 + 0.3 * np.abs(z) if name.endswith("variance") else 0.1 * z)
+    return model
+
+
+def assert_features_agree(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a - e).norm().item() <= 1e-5 * e.norm().item()
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (5, 3, 96, 64), (2, 3, 75, 61)])
+def test_backbone_agrees(backbone, random, shape):
+    images = tensor(random, *shape)
+    assert_features_agree(folded.features(backbone, images, refuse), backbone._plain(images))
+
+
+@needs_onednn
+@paddle.no_grad()
+def test_bottleneck_blocks_agree(random):
+    model = with_statistics(vision.resnet50(), random)
+    images = tensor(random, 2, 3, 64, 64)
+    assert_features_agree(folded.features(model, images, refuse), ResNet18Features._plain(model, images))
+
+
+@needs_onednn
+def test_new_weights_of_the_backbone_are_noticed(backbone, random):
+    images = tensor(random, 1, 3, 64, 64)
+    before = backbone(images)
+    other = with_statistics(ResNet18Features(), random)
+    backbone.set_state_dict(other.state_dict())
+    assert_features_agree(backbone(images), other._plain(images))
+    assert (backbone(images)[0] - before[0]).abs().max().item() > 0.01
+    backbone.layer1[0].bn1.weight.set_value(2 * backbone.layer1[0].bn1.weight)
+    assert_features_agree(backbone(images), backbone._plain(images))
+
+
+@needs_onednn
+def test_networks_it_does_not_know_go_the_plain_way(random):
+    model = with_statistics(vision.resnext50_32x4d(), random)
+    assert folded.features(model, tensor(random, 1, 3, 64, 64), lambda _: "plain") == "plain"
+
+
+def test_without_onednn_nothing_but_the_path_changes(config, random, backbone, without_onednn):
+    without_onednn()
+    flow, x, images = make_flow(config, random), tensor(random, 2, 32, 6, 6), tensor(random, 1, 3, 64, 64)
+    assert (flow(x)[0] == flow._plain(x)[0]).all()
+    assert (backbone(images)[2] == backbone._plain(images)[2]).all()
+
+
+def test_a_missing_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(paddle, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(onednn.Unavailable, match=r"libdnnl\.so\.3"):
+        onednn.library.__wrapped__()
+
+
+def test_another_library_and_another_version(monkeypatch):
+    with pytest.raises(onednn.Unavailable, match="dnnl_version"):
+        onednn.Library(Path(ctypes.util.find_library("c")))
+
+    class Old:
+        def dnnl_version():
+            return ctypes.pointer(onednn._Version(2, 7, 1))
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Old)
+    with pytest.raises(onednn.Unavailable, match=r"2\.7\.1"):
+        onednn.Library(Path("libdnnl.so.3"))
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])
+def test_other_platforms(monkeypatch, system, machine):
+    monkeypatch.setattr(onednn.platform, "system", lambda: system)
+    monkeypatch.setattr(onednn.platform, "machine", lambda: machine)
+    with pytest.raises(onednn.Unavailable, match=machine):
+        onednn.library.__wrapped__()
+
+
+@needs_onednn
+def test_the_self_check_notices_another_result(monkeypatch):
+    monkeypatch.setattr(onednn, "TANH", onednn.RELU)
+    with pytest.raises(onednn.Unavailable, match="something else"):
+        onednn.self_check()
+
+
+def test_the_switch(monkeypatch):
+    monkeypatch.setenv("FASTFLOW_ONEDNN", "0")
+    assert onednn.unavailable.__wrapped__() == "FASTFLOW_ONEDNN=0"
+    monkeypatch.setattr(onednn, "unavailable", lambda: "FASTFLOW_ONEDNN=0")
+    assert "FASTFLOW_ONEDNN=0" in onednn.describe()
+    assert "\n" not in onednn.describe()
