@@ -384,7 +384,8 @@ def _forward(x: Tensor, steps: Sequence[_Step], keep: bool) -> tuple[Tensor, Ten
     _, c, h, w = x.shape
     z = paddle.empty(x.shape, "float32")
     source, result = Buffer.of(x).array, Buffer.of(z).array
-    log_det = np.full(len(source), sum(h * w * np.log(step.scale).sum() for step in steps), np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a diverged scale; the training looks at the loss
+        log_det = np.full(len(source), sum(h * w * np.log(step.scale).sum() for step in steps), np.float32)
     tapes, weights = [], {}
     with LOCK:
         for images in _chunks(x.shape):

@@ -56,5 +56,7 @@ def start(args: argparse.Namespace, **options: object) -> Config:
     runtime.setup(args.verbose)
     device = runtime.select_device(args.device)
     if args.verbose:
-        print(f"device: {device}", file=sys.stderr)
+        from models import onednn
+
+        print(f"device: {device}\n{onednn.describe()}", file=sys.stderr)
     return config
