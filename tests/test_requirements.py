@@ -1,0 +1,47 @@
+"""The requirement files agree with each other and with what is imported."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORT_NAMES = {
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "scikit-image": "skimage",
+    "paddlepaddle": "paddle",
+}
+
+
+def requirements(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def test_the_gpu_file_differs_in_paddle_only():
+    assert requirements("requirements-gpu.txt") == [
+        line.replace("paddlepaddle==", "paddlepaddle-gpu==") for line in requirements("requirements.txt")
+    ]
+
+
+def test_what_the_product_imports_is_required():
+    required = {line.split("=")[0].split(">")[0] for line in requirements("requirements.txt")}
+    known = {IMPORT_NAMES.get(name, name) for name in required}
+    own = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for part in ("models", "datasets", "utils", "deploy") for path in ROOT.glob(f"{part}/*.py")),
+    ]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                top = name.split(".")[0]
+                assert top in known | own | sys.stdlib_module_names, f"{path.name} imports {top}"
