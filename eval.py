@@ -2,15 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import UserError, report_error, run_main
+from deploy.cli import UserError, report_error, run_main, warn
 from deploy.files import write_text
 from utils.config import Config
 from utils.options import add_category, add_data, common_parser, start
-from utils.results import describe_backbone, experiment_folder, figure
+from utils.results import UNSTATED, describe_backbone, experiment_folder, figure
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,11 +37,8 @@ def main() -> int:
             report_error(error)  # the other categories still count
             failed = True
     if results:
-        mean = {key: _mean([result[key] for result in results.values()]) for key in ("pixel_auroc", "image_auroc")}
-        print_table(results, mean)
-        content = {"mean": mean, "categories": results}
-        write_text(folder / "eval.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        print(f"written to {folder / 'eval.json'}")
+        print_table(results)
+        write_json(folder / "eval.json", results)
     return 2 if failed else 0
 
 
@@ -66,33 +62,50 @@ def evaluate(config: Config, data: Path, name: str, folder: Path, is_last: bool)
         model.feature_extractor, paths, config.input_size, CacheBudget.from_options(None, None), name
     )
     image, pixel = measure(score_images(model, features), truth)
-    backbone = checkpoint.get("backbone")
     return {
         "pixel_auroc": pixel,
         "image_auroc": image,
         "checkpoint": str(path),
         "epoch": int(checkpoint["epoch"]),
-        "backbone": backbone or {"source": describe_backbone(None), "file": None, "sha256": None},
+        "backbone": checkpoint.get("backbone") or UNSTATED,
         "images": len(category.test),
         "anomalous_images": int(truth.labels.sum()),
         "images_with_mask": sum(image.mask is not None for image in category.test),
     }
 
 
-def print_table(results: dict[str, dict[str, Any]], mean: dict[str, float | None]) -> None:
+def write_json(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write the results with their mean; categories that the file holds already and that were not evaluated stay."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["categories"]
+    except FileNotFoundError:
+        before = {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warn(f"{path}: is damaged ({error}) and written anew")
+        before = {}
+    categories = {**before, **results}
+    content = {"mean": means(categories), "categories": categories}
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    print(f"written to {path}")
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
     """The published table: pixel and image AUROC per category, then the mean."""
     width = max(len(name) for name in [*results, "category"])
     print(f"{'category':<{width}}  pixel auroc  image auroc")
-    for name, row in [*results.items(), ("mean", mean)]:
+    for name, row in [*results.items(), ("mean", means(results))]:
         print(f"{name:<{width}}  {figure(row['pixel_auroc']):>11}  {figure(row['image_auroc']):>11}")
-    for source in sorted({row["backbone"]["source"] for row in results.values()}):
-        print(f"backbone weights: {source}")
+    for backbone in sorted({describe_backbone(row["backbone"]) for row in results.values()}):
+        print(f"backbone weights: {backbone}")
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean of what could be measured."""
-    measured = [value for value in values if value is not None]
-    return sum(measured) / len(measured) if measured else None
+def means(results: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Both AUROCs averaged over the categories where they could be measured."""
+    mean = {}
+    for key in ("pixel_auroc", "image_auroc"):
+        measured = [row[key] for row in results.values() if row[key] is not None]
+        mean[key] = sum(measured) / len(measured) if measured else None
+    return mean
 
 
 if __name__ == "__main__":

@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 
 from deploy.cli import UserError, non_negative_float, report_error, run_main
-from deploy.imaging import decision_line, draw_result, drawing_paths, list_images, preprocess, read_rgb, write_picture
+from deploy.imaging import (
+    PUBLISHED_THRESHOLD,
+    decision_line,
+    draw_result,
+    drawing_paths,
+    list_images,
+    preprocess,
+    read_rgb,
+    write_picture,
+)
 from utils.options import add_category, common_parser, start
 from utils.results import experiment_folder
 
@@ -14,9 +23,11 @@ def parse_args() -> argparse.Namespace:
     add_category(parser, "category whose checkpoint is used")
     parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
     parser.add_argument(
-        "--image_threshold", type=non_negative_float, default=0.8, help="anomaly above it (%(default)s)"
+        "--image_threshold", type=non_negative_float, default=PUBLISHED_THRESHOLD, help="anomaly above it (%(default)s)"
     )
-    parser.add_argument("--pixel_threshold", type=non_negative_float, default=0.8, help="mask above it (%(default)s)")
+    parser.add_argument(
+        "--pixel_threshold", type=non_negative_float, default=PUBLISHED_THRESHOLD, help="mask above it (%(default)s)"
+    )
     return parser.parse_args()
 
 

@@ -10,9 +10,9 @@ import yaml
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deploy.cli import positive_int, run_main
+from deploy.cli import UserError, positive_int, run_main
 from deploy.files import make_folder, write_text
-from utils.history import EpochRow, best_row, draw_curves, selection_value, write_csv
+from utils.history import EpochRow, best_row, draw_curves, selection_value, waited_for, write_csv
 from utils.log import make_logger
 from utils.options import add_cache, add_category, add_data, common_parser, start
 from utils.results import describe_backbone, experiment_folder, figure
@@ -35,6 +35,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.resume and args.backbone_weights:
+        raise UserError(
+            "--backbone_weights: the checkpoint that --resume goes on from holds the backbone; leave it out"
+        )
     config = start(args, epochs=args.epochs, batch_size=args.batch_size, eval_interval=args.test_epochs)
 
     import paddle  # this and what imports it: only after start() has set the runtime up
@@ -59,29 +63,30 @@ def main() -> None:
     optimizer = build_optimizer(model, config)
     history: list[EpochRow] = []
     if args.resume:
-        checkpoint = load_for_resume(model, optimizer, folder / "last.pdparams")
+        checkpoint = load_for_resume(model, optimizer, config, folder / "last.pdparams")
         history = checkpoint["history"]
         backbone = checkpoint["backbone"]
     else:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
     distributed.same_start(model)
     budget = CacheBudget.from_options(args.cache_memory, args.cache_disk)
-    backbone_layer, size = model.feature_extractor, config.input_size
-    train_features = FeatureCache(backbone_layer, category.train, size, budget, "features of train")
-    test_features = FeatureCache(backbone_layer, [image.path for image in category.test], size, budget, "of test")
-    if args.verbose:
-        print(f"features kept in: {train_features.place} (train), {test_features.place} (test)", file=sys.stderr)
+    extractor, size = model.feature_extractor, config.input_size
+    train_features = FeatureCache(extractor, category.train, size, budget, "training pictures")
+    if distributed.is_first():  # which alone evaluates
+        test_features = FeatureCache(extractor, [image.path for image in category.test], size, budget, "test pictures")
+        if args.verbose:
+            print(f"features kept in: {train_features.place} (train), {test_features.place} (test)", file=sys.stderr)
 
     # ---- training
     logger = make_logger(folder / "train.log", silent=not distributed.is_first())
-    logger.info(f"{category.name}  {len(train_features)} training and {len(test_features)} test pictures")
+    logger.info(f"{category.name}  {len(category.train)} training and {len(category.test)} test pictures")
     logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
     logger.info(f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es)")
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
     epochs = range(len(history) + 1, config.epochs + 1)
     with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
         for epoch in bar:
-            if history and epoch - 1 - best_row(history).epoch >= config.patience:
+            if waited_for(history) >= config.patience:
                 logger.info(f"{category.name}  no new best for {config.patience} epochs: stop")
                 break
             started = time.perf_counter()

@@ -8,15 +8,17 @@ config=${config:-./configs/resnet18.yaml}
 
 # The published fifteen, then the folders of your own.
 categories="toothbrush screw hazelnut transistor tile pill bottle cable capsule carpet grid leather metal_nut wood zipper"
+own=
 for folder in "$data"/*/; do
     name=$(basename "$folder")
     case " $categories " in
         *" $name "*) ;;
-        *) [ -d "$folder/train" ] && own="$own
+        *) [ -d "$folder/test" ] && own="$own
 $name" ;;
     esac
 done
 
+trap 'exit 130' INT
 status=0
 trained=0
 train() {

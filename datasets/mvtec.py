@@ -38,10 +38,8 @@ READERS = 4  # threads that decode pictures ahead of their use
 
 
 @dataclass(frozen=True)
-class TestImage:
+class LabelledImage:
     """A picture of the test set."""
-
-    __test__ = False  # pytest would take the name for a test class
 
     path: Path
     defect: str | None  # name of its defect's folder, None for a good picture
@@ -54,7 +52,7 @@ class Category:
 
     name: str
     train: list[Path]
-    test: list[TestImage]
+    test: list[LabelledImage]
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def load_category(data: Path, name: str) -> Category:
         known = f"; there are: {', '.join(list_categories(data))}" if data.is_dir() else ""
         raise UserError(f"category {name}: no such folder under --data {data}{known}")
     train = list_images(_existing(folder / "train" / "good"))
-    test: list[TestImage] = []
+    test: list[LabelledImage] = []
     for defect_folder in sorted(
         path for path in _existing(folder / "test").iterdir() if path.is_dir() and not path.name.startswith(".")
     ):
@@ -105,13 +103,13 @@ def load_category(data: Path, name: str) -> Category:
             if masks and mask is None:
                 wanted = folder / "ground_truth" / defect / f"{path.stem}_mask.png"
                 raise UserError(f"{path}: its mask {wanted} is missing (only a defect without any mask may lack them)")
-            test.append(TestImage(path, defect, mask))
+            test.append(LabelledImage(path, defect, mask))
     if not test:
         raise UserError(f"{folder / 'test'}: no folder with test pictures in it (good, or the name of a defect)")
     return Category(name, train, test)
 
 
-def load_ground_truth(test: Sequence[TestImage], input_size: int, rule: str) -> GroundTruth:
+def load_ground_truth(test: Sequence[LabelledImage], input_size: int, rule: str) -> GroundTruth:
     """Read the masks and turn them into labels per pixel and per picture.
 
     Args:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.cli import UserError, run_main
 from deploy.files import make_folder
-from deploy.imaging import MEAN, SMOOTHING_SIGMA, STD
+from deploy.imaging import MEAN, PUBLISHED_THRESHOLD, STD
 from utils.options import add_category, common_parser, start
 from utils.results import experiment_folder
 
@@ -38,6 +38,7 @@ def main() -> None:
 
     import paddle
 
+    from models.linear_maps import SMOOTHING_SIGMA
     from utils.checkpoint import load_model
 
     checkpoint_path = experiment_folder(args.exp_dir) / args.category / "best.pdparams"
@@ -52,8 +53,8 @@ def main() -> None:
         "mean": list(MEAN),
         "std": list(STD),
         "smoothing_sigma": SMOOTHING_SIGMA,
-        "image_threshold": 0.8,
-        "pixel_threshold": 0.8,
+        "image_threshold": PUBLISHED_THRESHOLD,
+        "pixel_threshold": PUBLISHED_THRESHOLD,
         "checkpoint": str(checkpoint_path),
         "epoch": int(checkpoint["epoch"]),
         "backbone": checkpoint.get("backbone"),
@@ -63,8 +64,9 @@ def main() -> None:
     aside = Path(tempfile.mkdtemp(dir=target, prefix=".export-"))
     try:
         paddle.jit.save(paddle.jit.to_static(model, input_spec=[spec], full_graph=True), str(aside / "inference"))
-        parameters = (aside / "inference.pdiparams").read_bytes()
-        description["parameters_sha256"] = hashlib.sha256(parameters).hexdigest()
+        description["sha256"] = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(aside.iterdir())
+        }
         (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
         for file in sorted(aside.iterdir()):
             os.replace(file, target / file.name)

@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: reading, preprocessing, Gaussian smoothing, drawing. Arrays only, no framework."""
+"""Pictures in, pictures out: reading, preprocessing, drawing. Arrays only, no framework."""
 
 import glob
 import os
@@ -17,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that
 # Of ImageNet, RGB, for pictures in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-SMOOTHING_SIGMA = 6.0  # pixels of the anomaly map
+PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -101,15 +101,17 @@ def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def normalise(pictures: np.ndarray) -> np.ndarray:
-    """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32: to [0, 1], minus ImageNet's mean, over its deviation."""
+def normalise(pictures: np.ndarray, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> np.ndarray:
+    """(B, H, W, 3) uint8 RGB -> (B, 3, H, W) float32: to [0, 1], minus the mean, over the deviation."""
     scaled = pictures.astype(np.float32) / 255.0
-    return np.ascontiguousarray(((scaled - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(((scaled - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2))
 
 
-def preprocess(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def preprocess(
+    picture: np.ndarray, height: int, width: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (1, 3, height, width) float32, what the model takes."""
-    return normalise(resize(picture, height, width)[None])
+    return normalise(resize(picture, height, width)[None], mean, std)
 
 
 def decision_line(score: float, threshold: float) -> str:

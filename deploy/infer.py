@@ -50,7 +50,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     if args.batch_size > args.max_batch_size:
-        raise UserError(f"--batch_size {args.batch_size}: larger than --max_batch_size {args.max_batch_size}")
+        warn(f"--batch_size {args.batch_size} is larger than --max_batch_size; {args.max_batch_size} is used")
+        args.batch_size = args.max_batch_size
     from deploy.imaging import (
         decision_line,
         draw_result,
@@ -67,8 +68,8 @@ def main() -> int:
     height, width = description["input_size"]
     image_threshold = description["image_threshold"] if args.image_threshold is None else args.image_threshold
     pixel_threshold = description["pixel_threshold"] if args.pixel_threshold is None else args.pixel_threshold
-    runtime.setup(args.verbose)
-    model = Model(folder, args.use_gpu)
+    threads = int(runtime.setup(args.verbose)["OMP_NUM_THREADS"])
+    model = Model(folder, args.use_gpu, threads)
 
     import numpy as np
 
@@ -88,7 +89,9 @@ def main() -> int:
                 report_error(error)  # the other pictures still count
         if not pictures:
             continue
-        batch = np.concatenate([preprocess(picture, height, width) for picture in pictures.values()])
+        batch = np.concatenate(
+            [preprocess(p, height, width, description["mean"], description["std"]) for p in pictures.values()]
+        )
         read = time.perf_counter()
         _, smoothed, scores = model.run(batch)
         run = time.perf_counter()
@@ -110,8 +113,8 @@ def main() -> int:
 class Model:
     """The exported program in Paddle Inference."""
 
-    def __init__(self, folder: Path, use_gpu: bool) -> None:
-        """Load it.
+    def __init__(self, folder: Path, use_gpu: bool, threads: int) -> None:
+        """Load it; `threads` are for the CPU.
 
         Raises:
             UserError: this Paddle cannot run it.
@@ -133,7 +136,7 @@ class Model:
         else:
             config.disable_gpu()
             config.disable_mkldnn()  # Paddle 3.3.1 crashes the process when the batch size changes with oneDNN on
-            config.set_cpu_math_library_num_threads(runtime.available_cores())
+            config.set_cpu_math_library_num_threads(threads)
         try:
             self._predictor = inference.create_predictor(config)
         except Exception as error:  # Paddle raises its own kinds
@@ -163,16 +166,19 @@ def read_description(folder: Path) -> dict[str, Any]:
             raise UserError(f"--save_inference_dir {folder}: {name} is missing; run deploy/export_model.py first")
     try:
         description = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
-        expected = description["parameters_sha256"]
+        checksums = {name: description["sha256"][name] for name in ("inference.json", "inference.pdiparams")}
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
         if min(height, width) < 1:
             raise ValueError("input_size must be positive")
         for key in ("image_threshold", "pixel_threshold"):
             description[key] = float(description[key])
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        for key in ("mean", "std"):
+            description[key] = [float(description[key][channel]) for channel in range(3)]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
-    if hashlib.sha256((folder / "inference.pdiparams").read_bytes()).hexdigest() != expected:
-        raise UserError(f"{folder / 'inference.pdiparams'}: does not belong to its inference.yml; export again")
+    for name, expected in checksums.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+            raise UserError(f"{folder / name}: does not belong to the inference.yml beside it; export again")
     return description
 
 

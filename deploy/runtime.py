@@ -22,8 +22,7 @@ def setup(verbose: bool = False) -> dict[str, str]:
     Returns:
         the variables that matter and their values, as printed on stderr when `verbose`.
     """
-    # paddle.distributed.launch tells how many processes share this machine
-    threads = max(1, available_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))
+    threads = max(1, available_cores() // local_processes())
     defaults = {
         # Paddle's CPU build starts with one thread.
         "OMP_NUM_THREADS": str(threads),
@@ -51,6 +50,11 @@ def setup(verbose: bool = False) -> dict[str, str]:
     return chosen
 
 
+def local_processes() -> int:
+    """How many processes paddle.distributed.launch runs on this machine; 1 without it."""
+    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))
+
+
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores that this process may use: its affinity, lowered by a cgroup (v2 or v1) CPU quota."""
     if hasattr(os, "sched_getaffinity"):
@@ -58,16 +62,23 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     else:
         cores = os.cpu_count() or 1
     try:
-        if (cgroup / "cpu.max").exists():
-            quota, period = (cgroup / "cpu.max").read_text().split()
-        else:
+        if (cgroup / "cpu/cpu.cfs_quota_us").exists():
             quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (cgroup / "cpu/cpu.cfs_period_us").read_text()
-        if quota not in ("max", "-1"):
-            cores = min(cores, math.ceil(int(quota) / int(period)))
+            limits = [(quota, (cgroup / "cpu/cpu.cfs_period_us").read_text())]
+        else:
+            limits = [(folder / "cpu.max").read_text().split() for folder in _cgroups(cgroup, "cpu.max")]
+        for quota, period in limits:
+            if quota not in ("max", "-1"):
+                cores = min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass  # no cgroup limit to read: the affinity stands
     return max(cores, 1)
+
+
+def _cgroups(root: Path, file: str) -> list[Path]:
+    """Folders of this process's cgroup (v2) and of those above it that hold the file: a limit may be set in any."""
+    own = Path("/proc/self/cgroup").read_text().partition("::")[2].strip().lstrip("/")
+    return [folder for folder in (root / own, *(root / own).parents) if (folder / file).is_file()]
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -78,9 +89,10 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path
     except (OSError, KeyError, ValueError):
         free = 4 * 2**30  # not Linux: a careful guess
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()))
+        for folder in _cgroups(cgroup, "memory.max"):
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                free = min(free, int(limit) - int((folder / "memory.current").read_text()))
     except (OSError, ValueError):
         pass  # no cgroup limit to read
     return max(free, 0)

@@ -7,10 +7,9 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from deploy.imaging import SMOOTHING_SIGMA
 from models import fused
 from models.backbone import ResNet18Features
-from models.linear_maps import bilinear_matrix, gaussian_matrix
+from models.linear_maps import SMOOTHING_SIGMA, bilinear_matrix, gaussian_matrix
 from utils import distributed
 from utils.config import Config
 

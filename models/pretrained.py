@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import sys
+import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.states import set_state
 
 VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
+DOWNLOAD_DEADLINE = 300  # seconds in all
 CALIBRATION_IMAGES = 16
 RULER = "!" * 100
 OFFLINE_WARNING = f"""\
@@ -108,6 +110,7 @@ def download_official(target: Path) -> None:
     url, md5 = model_urls["resnet18"]
 
     try:
+        deadline = time.monotonic() + DOWNLOAD_DEADLINE
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer:
             length = answer.headers.get("Content-Length", "")
             size = int(length) if length.isdigit() else None
@@ -116,6 +119,8 @@ def download_official(target: Path) -> None:
                 while block := answer.read(1 << 16):
                     content += block
                     bar.update(len(block))
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"not done after {DOWNLOAD_DEADLINE} seconds")
     except (OSError, http.client.HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"backbone weights: not in {target.parent}, and {url} cannot be had ({error})") from error
     if hashlib.md5(content).hexdigest() != md5:

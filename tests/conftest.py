@@ -23,19 +23,21 @@ def no_backbone_weights_of_the_user(monkeypatch):
     monkeypatch.delenv("FASTFLOW_BACKBONE_WEIGHTS", raising=False)
 
 
+def named_by(variable: str) -> str:
+    """What the environment variable names; without it the test is skipped and says so."""
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{variable} is not set")
+    return path
+
+
 @pytest.fixture(scope="session")
 def imagenet_weights():
-    """Real ImageNet weights, if FASTFLOW_BACKBONE_WEIGHTS names them."""
-    path = os.environ.get("FASTFLOW_BACKBONE_WEIGHTS")
-    if not path:
-        pytest.skip("FASTFLOW_BACKBONE_WEIGHTS is not set")
-    return path
+    """A file of real ImageNet weights."""
+    return named_by("FASTFLOW_BACKBONE_WEIGHTS")
 
 
 @pytest.fixture(scope="session")
 def mvtec():
-    """The real MVTec AD folder, if FASTFLOW_MVTEC_DIR names it."""
-    path = os.environ.get("FASTFLOW_MVTEC_DIR")
-    if not path:
-        pytest.skip("FASTFLOW_MVTEC_DIR is not set")
-    return path
+    """The folder of the real MVTec AD."""
+    return named_by("FASTFLOW_MVTEC_DIR")

@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ["-o", "input_size=64", "-o", "flow_step=1", "-o", "pretrained=offline"]
 
 
+def without_weights() -> dict[str, str]:
+    """The environment, less the backbone weights that the user may have named in it."""
+    return {name: value for name, value in os.environ.items() if name != "FASTFLOW_BACKBONE_WEIGHTS"}
+
+
 class Workplace:
     """A folder like the repository's root, with results of its own."""
 
@@ -30,7 +35,7 @@ class Workplace:
 
     def run(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, ROOT / script, *map(str, options)]
-        environ = {**os.environ, **environment}
+        environ = {**without_weights(), **environment}
         return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=300)
 
     def succeed(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
@@ -144,6 +149,19 @@ def test_divergence_is_one_line_and_keeps_the_last_good_checkpoint(workplace):
     assert (workplace.folder / "results/nan/bottle/last.pdparams").read_bytes() == before
 
 
+def test_resume_refuses_other_settings_of_the_model(workplace):
+    options = ("-cfg", "configs/resnet18.yaml", "--data", "lite_data", "-cat", "bottle", *TINY, "--exp_dir", "exp")
+    line = workplace.fail("train.py", *options, "--resume", "--epochs", "4", "-o", "clamp=0.5")
+    assert "trained with clamp 2.0" in line
+    line = workplace.fail("train.py", *options, "--resume", "--backbone_weights", "some.npz")
+    assert "--backbone_weights" in line
+
+
+def test_patience_waits_for_the_next_evaluation(workplace):
+    workplace.train("patient2", "--epochs", 6, "--batch_size", 24, "--test_epochs", 3, "-o", "patience=1")
+    assert len(workplace.history("patient2")) == 6
+
+
 # ---- eval.py
 
 
@@ -180,6 +198,26 @@ def test_a_category_that_fails_does_not_stop_the_others(workplace, tmp_path):
     assert done.returncode != 0
     assert "aaa" in done.stderr
     assert "bottle" in done.stdout
+
+
+def test_eval_keeps_the_categories_that_it_did_not_evaluate(workplace):
+    path = workplace.folder / "results/exp/eval.json"
+    other = {"pixel_auroc": 0.25, "image_auroc": None}
+    path.write_text(json.dumps({"mean": {}, "categories": {"other": other}}))
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "exp")
+    workplace.succeed("eval.py", *options)
+    result = json.loads(path.read_text())
+    bottle = result["categories"]["bottle"]
+    assert result["categories"]["other"] == other
+    assert result["mean"]["pixel_auroc"] == (0.25 + bottle["pixel_auroc"]) / 2
+    assert result["mean"]["image_auroc"] == bottle["image_auroc"]
+
+
+def test_eval_refuses_settings_of_another_training(workplace):
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "exp")
+    line = workplace.fail("eval.py", *options, "-o", "input_size=96")
+    assert "best.pdparams" in line
+    assert "trained with input_size 64" in line
 
 
 # ---- predict.py and deploy/infer.py
@@ -226,6 +264,13 @@ def test_infer_batches_give_the_same_scores(workplace):
     assert batched.startswith(single)
     for word in ("preprocess", "inference", "postprocess", "batch_size: 3", "precision", "device: cpu", "memory"):
         assert word in batched
+
+
+def test_infer_limits_the_batch(workplace):
+    options = ("--save_inference_dir=results/inference", "--image_path=lite_data/bottle/test/good")
+    done = workplace.succeed("deploy/infer.py", *options, "--batch_size=32", "--max_batch_size=3", "--benchmark=True")
+    assert "batch_size: 3" in done.stdout
+    assert "--batch_size 32" in done.stderr
 
 
 def test_a_damaged_picture_does_not_stop_the_rest(workplace, tmp_path):
@@ -295,7 +340,7 @@ def test_train_sh(empty, tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     for script in ("train.py", "eval.py"):
         (empty.folder / script).symlink_to(ROOT / script)
-    environ = {**os.environ, "python": sys.executable, "data": str(data), "config": str(tmp_path / "tiny.yaml")}
+    environ = {**without_weights(), "python": sys.executable, "data": str(data), "config": str(tmp_path / "tiny.yaml")}
     command = ["sh", ROOT / "train.sh"]
     done = subprocess.run(command, cwd=empty.folder, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0, "bottle has no pictures"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets import mvtec
-from datasets.mvtec import GroundTruth, TestImage, list_categories, load_category, load_ground_truth, read_batches
+from datasets.mvtec import GroundTruth, LabelledImage, list_categories, load_category, load_ground_truth, read_batches
 from deploy.cli import UserError
 from deploy.imaging import read_mask, read_rgb
 
@@ -154,11 +154,11 @@ def test_any_folder_name_is_a_category_and_everything_is_sorted(data):
     assert category.name == "my part 1"
     assert category.train == [folder / "train/good/a.JPG", folder / "train/good/b.png"]
     assert category.test == [
-        TestImage(folder / "test/dent/000.png", "dent", None),
-        TestImage(folder / "test/good/0.png", None, None),
-        TestImage(folder / "test/good/1.tiff", None, None),
-        TestImage(folder / "test/scratch/000.png", "scratch", masks / "000_mask.png"),
-        TestImage(folder / "test/scratch/001.bmp", "scratch", masks / "001_mask.png"),
+        LabelledImage(folder / "test/dent/000.png", "dent", None),
+        LabelledImage(folder / "test/good/0.png", None, None),
+        LabelledImage(folder / "test/good/1.tiff", None, None),
+        LabelledImage(folder / "test/scratch/000.png", "scratch", masks / "000_mask.png"),
+        LabelledImage(folder / "test/scratch/001.bmp", "scratch", masks / "001_mask.png"),
     ]
 
 
@@ -270,10 +270,10 @@ def masked(tmp_path):
     """`masked(mask, ...)` is the ground truth of a good picture and one defect picture for each mask."""
 
     def make(*masks, size=4, rule="published") -> GroundTruth:
-        test = [TestImage(tmp_path / "good.png", None, None)]
+        test = [LabelledImage(tmp_path / "good.png", None, None)]
         for i, mask in enumerate(masks):
             path = save(tmp_path / f"{i}_mask.png", np.array(mask, np.uint8))
-            test.append(TestImage(tmp_path / f"{i}.png", "dent", path))
+            test.append(LabelledImage(tmp_path / f"{i}.png", "dent", path))
         return load_ground_truth(test, size, rule)
 
     return make
@@ -325,7 +325,7 @@ def test_each_mask_belongs_to_its_picture_and_may_have_its_own_size(masked):
 def test_a_damaged_mask_is_named(tmp_path):
     (tmp_path / "0_mask.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"0_mask\.png"):
-        load_ground_truth([TestImage(tmp_path / "0.png", "dent", tmp_path / "0_mask.png")], 4, "published")
+        load_ground_truth([LabelledImage(tmp_path / "0.png", "dent", tmp_path / "0_mask.png")], 4, "published")
 
 
 # ---- read_batches

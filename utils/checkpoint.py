@@ -19,6 +19,9 @@ from utils.history import EpochRow
 from utils.pickles import load_pickle
 from utils.states import set_state
 
+# Settings that decide what the parameters mean.
+MODEL_KEYS = ("input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
+
 
 def published_state(model: FastFlow) -> dict[str, np.ndarray]:
     """The model's arrays under the published names; the permutations as 1x1 convolution kernels.
@@ -61,14 +64,16 @@ def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: s
         step.permutation.set_value(permutation.astype(np.int64))
 
 
-def load_for_resume(model: FastFlow, optimizer: paddle.optimizer.Optimizer, path: Path) -> dict[str, Any]:
+def load_for_resume(
+    model: FastFlow, optimizer: paddle.optimizer.Optimizer, config: Config, path: Path
+) -> dict[str, Any]:
     """Fill model and optimizer from a checkpoint that train.py wrote; return it.
 
     Raises:
-        UserError: no such file, damaged, or not written by train.py.
+        UserError: no such file, damaged, not written by train.py, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
-    set_published_state(model, checkpoint["model_state_dict"], str(path))
+    _fill(model, config, checkpoint, path)
     try:
         optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
         checkpoint["history"] = [EpochRow(**row) for row in checkpoint["history"]]
@@ -112,20 +117,29 @@ def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     model = FastFlow(config)
-    set_published_state(model, checkpoint["model_state_dict"], str(path))
+    _fill(model, config, checkpoint, path)
     for name, value in model.state_dict().items():
         if not paddle.isfinite(value).all().item():
             raise UserError(f"{path}: {name} holds numbers that are not finite; train again")
-    # What no shape shows but every score depends on; published files do not say it.
-    for key in ("input_size", "clamp"):
-        trained = checkpoint.get("config", {}).get(key, getattr(config, key))
-        if trained != getattr(config, key):
-            raise UserError(
-                f"{path}: was trained with {key} {trained}, the config says {getattr(config, key)}; "
-                f"give -o {key}={trained} or -cfg {path.parent / 'config.yaml'}"
-            )
     model.eval()
     return model, checkpoint
+
+
+def _fill(model: FastFlow, config: Config, checkpoint: dict[str, Any], path: Path) -> None:
+    """Fill the model, unless the checkpoint says that it was trained under other settings of the model."""
+    trained = {**config.as_dict(), **checkpoint.get("config", {})}  # published files do not say
+    changed = [key for key in MODEL_KEYS if trained[key] != getattr(config, key)]
+    advice = "".join(
+        f"; it was trained with {key} {trained[key]}, the config says {getattr(config, key)}" for key in changed
+    )
+    if changed:
+        advice += f": give -cfg {path.parent / 'config.yaml'} or -o {changed[0]}={trained[changed[0]]}"
+    try:
+        set_published_state(model, checkpoint["model_state_dict"], str(path))
+    except UserError as error:
+        raise UserError(f"{error}{advice}") from error
+    if changed:
+        raise UserError(f"{path}: does not fit this config{advice}")
 
 
 def _flow_steps(model: FastFlow) -> list[tuple[str, FlowStep]]:

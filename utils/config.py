@@ -69,6 +69,7 @@ LOWEST = {
     "selection_weights.image": 0,
     "selection_weights.pixel": 0,
 }
+HIGHEST = {"input_size": 4096, "flow_step": 64, "hidden_ratio": 64}  # beyond it memory ends, not sense
 POSITIVE = {"lr", "clip_norm", "clamp", "hidden_ratio"}
 
 
@@ -179,6 +180,8 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
         raise refuse("a finite number")
     if key in LOWEST and not value >= LOWEST[key]:  # not >=: refuses NaN too
         raise refuse(f"at least {LOWEST[key]}")
+    if key in HIGHEST and value > HIGHEST[key]:
+        raise refuse(f"at most {HIGHEST[key]}")
     if key in POSITIVE and not value > 0:
         raise refuse("greater than 0")
     return value

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import read_batches
 from deploy.imaging import normalise
-from deploy.runtime import available_memory
+from deploy.runtime import available_memory, local_processes
 
 CACHING_BATCH = 8  # pictures a pass
 
@@ -30,9 +30,13 @@ class CacheBudget:
 
     @classmethod
     def from_options(cls, memory_gib: float | None, disk_gib: float | None) -> "CacheBudget":
-        """Limits in GiB; None is half of what is free now, in main memory or in the folder of temporary files."""
-        memory = available_memory() / 2 if memory_gib is None else memory_gib * 2**30
-        disk = shutil.disk_usage(tempfile.gettempdir()).free / 2 if disk_gib is None else disk_gib * 2**30
+        """Limits in GiB; None is half of what is free now, in main memory or in the folder of temporary files.
+
+        Processes that train together on one machine share that half.
+        """
+        free_disk = shutil.disk_usage(tempfile.gettempdir()).free
+        memory = available_memory() / 2 / local_processes() if memory_gib is None else memory_gib * 2**30
+        disk = free_disk / 2 / local_processes() if disk_gib is None else disk_gib * 2**30
         return cls(memory, disk)
 
 

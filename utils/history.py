@@ -46,6 +46,13 @@ def best_row(history: Sequence[EpochRow]) -> EpochRow | None:
     return best or (history[-1] if history else None)
 
 
+def waited_for(history: Sequence[EpochRow]) -> int:
+    """Epochs since the best one, known only right after an evaluation; 0 otherwise."""
+    if not history or history[-1].selection is None:
+        return 0
+    return history[-1].epoch - best_row(history).epoch
+
+
 def write_csv(path: Path, history: Sequence[EpochRow]) -> None:
     """One line an epoch, full precision, empty where nothing was measured."""
     text = io.StringIO()

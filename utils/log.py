@@ -17,9 +17,6 @@ def make_logger(path: Path, silent: bool) -> logging.Logger:
     logger = logging.getLogger(str(path))
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
     if silent:
         logger.addHandler(logging.NullHandler())
         return logger

@@ -56,7 +56,9 @@ def start(args: argparse.Namespace, **options: object) -> Config:
     runtime.setup(args.verbose)
     device = runtime.select_device(args.device)
     if args.verbose:
-        from models import onednn
+        print(f"device: {device}", file=sys.stderr)
+        if device == "cpu":
+            from models import onednn
 
-        print(f"device: {device}\n{onednn.describe()}", file=sys.stderr)
+            print(onednn.describe(), file=sys.stderr)
     return config

@@ -6,6 +6,7 @@ from typing import Any
 from deploy.cli import UserError
 
 RESULTS = Path("results")
+UNSTATED = {"source": "not stated in the checkpoint", "file": None, "sha256": None}  # of published files
 OFFLINE = "offline start"  # source of a backbone without ImageNet weights
 
 
@@ -25,10 +26,10 @@ def figure(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
 
-def describe_backbone(provenance: dict[str, Any] | None) -> str:
+def describe_backbone(provenance: dict[str, Any]) -> str:
     """Where the backbone's weights came from, in a line."""
-    if provenance is None:
-        return "not stated in the checkpoint"
+    if provenance == UNSTATED:
+        return provenance["source"]
     if provenance["source"] == OFFLINE:
         return f"{OFFLINE}, no ImageNet weights: accuracy figures mean nothing"
     return f"{provenance['file']} ({provenance['source']}, sha256 {provenance['sha256'][:12]})"

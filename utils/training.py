@@ -84,8 +84,7 @@ def train_epoch(
                 f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - "
                 f"loss = {_finite(loss, epoch):.3f}/{_finite(total / seen, epoch):.3f} (last/avg) - {times.summary()}"
             )
-    for parameter in model.parameters():
-        _finite(parameter.abs().max(), epoch)
+    _finite(paddle.stack([p.abs().max() for p in model.parameters() if not p.stop_gradient]).max(), epoch)
     return total.item() / len(order)
 
 
