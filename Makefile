@@ -1,11 +1,15 @@
 # make demo: set up, then train, evaluate, predict, export and infer on lite_data.
 # make test: set up, then run the tests.
+# make bench: set up, anomalib too where it can be had, then measure; see benchmarks/README.md.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO = results/demo
+BENCH_ENV = $(VENV)/anomalib
+BENCH_PIP =
+BENCH_ARGS =
 
-.PHONY: demo test lint clean
+.PHONY: bench demo test lint clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -36,6 +40,16 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
+
+bench: $(VENV)/.installed
+	@$(MAKE) --no-print-directory $(BENCH_ENV)/.installed || echo "no anomalib here; benchmarks/README.md says what it needs"
+	$(RUN) -m benchmarks $(BENCH_ARGS)
+
+# anomalib in an environment of its own: its requirements are not ours.
+$(BENCH_ENV)/.installed: requirements-bench.txt | $(VENV)/bin/python
+	$(RUN) -m venv $(BENCH_ENV)
+	$(BENCH_ENV)/bin/python -m pip install --disable-pip-version-check -q $(BENCH_PIP) -r requirements-bench.txt
+	touch $@
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .

@@ -1,0 +1,221 @@
+"""Benchmark: python -m benchmarks [--quick] [--anomalib_python FILE]"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.inputs import ROOT, write_bottle
+from benchmarks.measure import FULL, QUICK, Plan, note, started
+from benchmarks.processes import Contender, OtherProcesses
+from benchmarks.report import (
+    ANOMALIB,
+    ANOMALIB_NARROW,
+    OURS,
+    PUBLISHED,
+    TUNED,
+    Figure,
+    check_goals,
+    markdown,
+    number,
+    summary,
+)
+from deploy import runtime
+from deploy.cli import ArgumentParser, positive_int, run_main
+from deploy.files import write_text
+
+DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
+SECTIONS = ("steps", "forward", "evaluation", "sizes", "epochs", "threads", "commands")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="benchmarks", description="Measure ours against the published graph and anomalib, on the CPU."
+    )
+    parser.add_argument("--quick", action="store_true", help="a few minutes, few samples")
+    parser.add_argument("--threads", type=positive_int, help="of every contender but Paddle's defaults (all cores)")
+    parser.add_argument(
+        "--anomalib_python",
+        type=Path,
+        default=Path(sys.prefix) / "anomalib/bin/python",
+        help="a Python that has anomalib, if this one has not (%(default)s)",
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts to measure (all)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    plan = QUICK if args.quick else FULL
+    threads = args.threads or runtime.available_cores()
+    contenders = make_contenders(args.threads, threads)
+    python, left_out = find_anomalib(args.anomalib_python)
+    if python:
+        contenders |= anomalib_contenders(python, threads)
+    else:
+        note(left_out)
+    if os.environ.get(WEIGHTS):
+        os.environ[WEIGHTS] = str(Path(os.environ[WEIGHTS]).absolute())
+    results: dict[str, Any] = {
+        "date": subprocess.run(["date", "+%Y-%m-%d %H:%M"], capture_output=True, text=True, check=True).stdout.strip(),
+        "quick": args.quick,
+        "machine": describe_machine(),
+        "threads": threads,
+        "versions": {name: version(name) for name in ("paddlepaddle", "numpy", "scipy", "scikit-learn")},
+        "left_out": left_out,
+    }
+    others = OtherProcesses()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if os.environ.get(DATA):
+            data, results["data"] = Path(os.environ[DATA]).absolute(), "pictures of MVTec AD's bottle"
+        else:
+            data, results["data"] = folder / "data", "drawn pictures of bottle's counts and size"
+            note("drawing pictures")
+            write_bottle(data / "bottle", *plan.pictures[-1])
+        results["weights"] = "those of " + Path(os.environ[WEIGHTS]).name if os.environ.get(WEIGHTS) else "random"
+
+        figures: list[Figure] = []
+        for figure in measured(args.only, contenders, plan, data, folder, threads, results):
+            figures.append(figure)
+            medians = ", ".join(f"{name} {number(figure.median(name), figure.unit)}" for name in figure.samples)
+            note(f"{figure.group}: {figure.title}: {medians}")
+            results["figures"] = {figure.key: summary(figure) for figure in figures}
+            results["goals"] = check_goals(figures)
+            write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    results["others_share"] = others.share()
+    write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(args.output / "results.md", markdown(results))
+
+    from benchmarks.plots import draw_curves
+
+    draw_curves(figures, args.output)
+    print(markdown(results))
+
+
+def measured(
+    sections: Iterable[str],
+    contenders: dict[str, Contender],
+    plan: Plan,
+    data: Path,
+    folder: Path,
+    threads: int,
+    results: dict[str, Any],
+) -> Iterator[Figure]:
+    """All figures of the sections; what the contenders say of themselves goes into `results`."""
+    with started(contenders) as workers:
+        results["contenders"] = {
+            name: {"description": contenders[name].description, "process": worker.description}
+            for name, worker in workers.items()
+        }
+        results["largest_loss_difference"] = measure.same_losses(workers)
+        if "steps" in sections:
+            yield from measure.training_steps(workers, plan)
+        if "forward" in sections:
+            yield from measure.forward_passes(workers, plan)
+        if "evaluation" in sections:
+            yield from measure.evaluations(workers, plan)
+        if "sizes" in sections:
+            yield from measure.sizes(workers, plan)
+    if "epochs" in sections:
+        yield from measure.epochs(contenders, plan, data, "bottle")
+    if "threads" in sections:
+        yield from measure.threads(contenders, plan, threads)
+    if "commands" in sections:
+        yield from measure.commands(plan, data, "bottle", folder, bool(os.environ.get(WEIGHTS)))
+
+
+def make_contenders(asked: int | None, threads: int) -> dict[str, Contender]:
+    """Ours and the published graph. Ours chooses its threads by itself unless the user asked for a number."""
+    best = {"OMP_NUM_THREADS": str(threads)}
+    path = runtime.mkl_code_path(runtime.cpu_flags())
+    if path:
+        best["MKL_DEBUG_CPU_TYPE"] = path
+    graph = (
+        "the published graph and evaluation in straightforward Paddle (benchmarks/published.py), the same parameters "
+        "and inputs as ours; in epochs it reads pictures and computes features every time"
+    )
+    chosen = (
+        Contender(
+            OURS,
+            "this repository, by the functions that train.py and eval.py call; its forward pass also smooths the map",
+            ("ours",),
+            {"OMP_NUM_THREADS": str(asked)} if asked else {},
+        ),
+        Contender(PUBLISHED, f"{graph}; Paddle's default environment", ("published",)),
+        Contender(TUNED, f"the same in the best environment: {best}", ("published",), best),
+    )
+    return {contender.name: contender for contender in chosen}
+
+
+def anomalib_contenders(python: str, threads: int) -> dict[str, Contender]:
+    """anomalib's model at the published hidden width, and at its own, which is a little narrower and aligned."""
+    model = (
+        "anomalib's FastflowModel and FastflowLoss in PyTorch, resnet18, conv3x3_only=True, flow_steps=8 (its step has "
+        "one coupling, a published one two, so both have 8 couplings a scale), LayerNorm, random weights"
+    )
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    chosen = (
+        Contender(
+            ANOMALIB,
+            f"{model}, hidden_ratio=1.06: convolutions of the same number and shapes as ours",
+            ("anomalib", "1.06"),
+            environment,
+            python,
+        ),
+        Contender(
+            ANOMALIB_NARROW,
+            "the same with hidden_ratio=1.0, its default: 3 to 6% fewer hidden channels, "
+            "whose number fits the CPU's vectors",
+            ("anomalib", "1.0"),
+            environment,
+            python,
+        ),
+    )
+    return {contender.name: contender for contender in chosen}
+
+
+def find_anomalib(python: Path) -> tuple[str | None, str | None]:
+    """A Python that has anomalib; else None, and a line that says so."""
+    if importlib.util.find_spec("anomalib"):
+        python = Path(sys.executable)
+    elif not python.exists():
+        return None, f"anomalib is not installed (no {python}): its columns are left out, see benchmarks/README.md"
+    code = "from benchmarks import torchvision_operators; import benchmarks.contenders.anomalib"
+    found = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        reason = found.stderr.strip().splitlines()[-1:]
+        return None, f"anomalib cannot be imported by {python} ({' '.join(reason)}): its columns are left out"
+    return str(python), None
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, cores, memory and system."""
+    model = platform.processor() or platform.machine()
+    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    flags = runtime.cpu_flags()
+    vectors = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if name in flags]
+    kilobytes = int(meminfo.read_text().split()[1]) if meminfo.exists() else 0
+    return {
+        "cpu": f"{model} ({' '.join(vectors)})",
+        "cores": runtime.available_cores(),
+        "memory_gb": kilobytes * 1024 / 1e9,
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,110 @@
+"""This repository's FastFlow, by the functions that train.py and eval.py call."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from benchmarks.inputs import random_images, random_maps, spread
+from benchmarks.start import published_config, same_model
+from benchmarks.timing import peak_memory, repeat, repeat_steps
+from datasets.mvtec import load_category, load_ground_truth
+from models import onednn
+from models.fastflow import negative_log_likelihood
+from utils.evaluation import EVALUATION_BATCH, Scores, measure, score_images
+from utils.features import CacheBudget, FeatureCache
+from utils.training import build_optimizer, train_epoch
+
+
+class Ours:
+    """See benchmarks.contenders for the measurements."""
+
+    def __init__(self, runtime: dict[str, str]) -> None:
+        self._runtime = runtime
+        self._use(256)
+
+    def describe(self) -> dict[str, Any]:
+        """Versions and the runtime set-up."""
+        return {
+            "paddle": paddle.__version__,
+            "runtime": {**self._runtime, "convolutions": onednn.describe()},
+            "trainable parameters": self._model.trainable_parameters(),
+        }
+
+    def step(self, size: int, batch: int, backbone: bool, seconds: float) -> dict[str, Any]:
+        self._use(size)
+        self._model.train()
+        images = paddle.to_tensor(random_images(batch, size))
+        cached = self._model.feature_extractor(images)
+        losses = []
+
+        def passes() -> None:
+            features = self._model.feature_extractor(images) if backbone else cached
+            loss = negative_log_likelihood(self._model.latents(features))
+            loss.backward()
+            losses.append(loss.item())
+
+        def update() -> None:
+            self._optimizer.step()
+            self._optimizer.clear_grad()
+
+        return {**repeat_steps(passes, update, seconds), "loss": losses[0]}
+
+    def forward(self, size: int, batch: int, seconds: float) -> list[float]:
+        self._use(size)
+        self._model.eval()
+        images = paddle.to_tensor(random_images(batch, size))
+        with paddle.no_grad():
+            return repeat(lambda: self._model(images), seconds)
+
+    def evaluate(self, count: int, seconds: float) -> dict[str, Any]:
+        self._use(256)
+        maps, truth = random_maps(count)
+        aurocs = []
+
+        @paddle.no_grad()
+        def once() -> None:
+            image, pixel = [], []
+            for start in range(0, count, EVALUATION_BATCH):
+                part = paddle.to_tensor(maps[start : start + EVALUATION_BATCH, None])
+                smoothing = self._model.smoothing
+                smoothed = paddle.matmul(paddle.matmul(smoothing, part), smoothing, transpose_y=True)
+                image.append(part.max(axis=[1, 2, 3]))
+                pixel.append(smoothed[:, 0])
+            aurocs.append(measure(Scores(paddle.concat(image).numpy(), paddle.concat(pixel).numpy()), truth))
+
+        samples = repeat(once, seconds)
+        return {"seconds": samples, "image": aurocs[0][0], "pixel": aurocs[0][1]}
+
+    def epoch(self, data: str, category: str, train: int, test: int, batch: int) -> dict[str, Any]:
+        config = published_config(batch_size=batch)
+        model = same_model(config)
+        optimizer = build_optimizer(model, config)
+        pictures = load_category(Path(data), category)
+        tested = spread(pictures.test, test)
+        truth = load_ground_truth(tested, config.input_size, config.mask_rule)
+        begun = time.perf_counter()
+        backbone, size, budget = model.feature_extractor, config.input_size, CacheBudget.from_options(None, None)
+        train_features = FeatureCache(backbone, spread(pictures.train, train), size, budget, "train")
+        test_features = FeatureCache(backbone, [picture.path for picture in tested], size, budget, "test")
+        cached = time.perf_counter()
+        train_epoch(model, optimizer, train_features, config, 1, lambda line: None)
+        trained = time.perf_counter()
+        image, pixel = measure(score_images(model, test_features), truth)
+        return {
+            "features": cached - begun,
+            "training": trained - cached,
+            "evaluation": time.perf_counter() - trained,
+            "image": image,
+            "pixel": pixel,
+            "peak": peak_memory(),
+        }
+
+    def _use(self, size: int) -> None:
+        """Make the model for this image size, unless it is there."""
+        if getattr(self, "_size", None) != size:
+            config = published_config(size)
+            self._model = same_model(config)
+            self._optimizer = build_optimizer(self._model, config)
+            self._size = size

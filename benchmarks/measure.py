@@ -1,0 +1,263 @@
+"""What is measured, in which order. The contenders take turns, so that a drift of the machine hits all alike."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.inputs import ROOT, TEST, TRAIN
+from benchmarks.processes import Contender, Worker, run_command
+from benchmarks.report import ANOMALIB, ANOMALIB_NARROW, OURS, PUBLISHED, TUNED, Figure
+from deploy.cli import UserError
+
+SIZE = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    rounds: int  # turns of each contender at a figure
+    slow_rounds: int  # the same where a call of the published graph takes many seconds
+    turn: float  # seconds of a turn at least; its sample is the median of its calls
+    batches: tuple[int, ...]  # of training steps
+    sizes: tuple[int, ...]  # of pictures, for the growth
+    pictures: tuple[tuple[int, int], ...]  # training and test pictures of an epoch, for the growth; the last: the epoch
+    epoch_rounds: int
+    maps: tuple[int, ...]  # of an evaluation
+    starts: int  # runs of each command
+
+
+FULL = Plan(5, 2, 1.5, (8, 32), (128, 256, 384, 512), ((25, 10), (75, 30), (TRAIN, TEST)), 2, (20, 40, TEST), 5)
+QUICK = Plan(3, 1, 0.5, (8,), (128, 256), ((15, 6), (30, 12)), 1, (20, TEST), 2)
+
+
+@contextmanager
+def started(contenders: Mapping[str, Contender]) -> Iterator[dict[str, Worker]]:
+    """A process for each contender; all end with the block."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name, contender in contenders.items():
+            workers[name] = Worker(contender)
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def interleaved(
+    workers: Mapping[str, Worker],
+    rounds: Callable[[str], int],
+    ask: Callable[[Worker], Any],
+    warm_up: Callable[[Worker], Any] | None = None,
+) -> dict[str, list[Any]]:
+    """Let the contenders answer in turn; the answers of each. `rounds` says how many turns a contender gets."""
+    if warm_up:
+        for worker in workers.values():
+            warm_up(worker)
+    answers: dict[str, list[Any]] = {name: [] for name in workers}
+    for turn in range(max(rounds(name) for name in workers)):
+        for name, worker in workers.items():
+            if turn < rounds(name):
+                answers[name].append(ask(worker))
+    return answers
+
+
+def same_losses(workers: Mapping[str, Worker]) -> float:
+    """How much the first losses of ours and of the published graph differ at most, relatively.
+
+    Raises:
+        UserError: too much: they do not compute the same.
+    """
+    losses = [
+        workers[name].ask("step", size=SIZE, batch=2, backbone=True, seconds=0)["loss"]
+        for name in (OURS, PUBLISHED, TUNED)
+    ]
+    difference = max(abs(loss / losses[0] - 1) for loss in losses)
+    if not difference <= 1e-3:
+        raise UserError(f"the contenders' first losses differ, so nothing is compared: {losses}")
+    return difference
+
+
+def training_steps(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure]:
+    """Forward and backward, and both with the optimizer's update, by batch, without and with the backbone."""
+    for batch in plan.batches:
+        slow = {name: plan.slow_rounds + 1 for name in workers} | {PUBLISHED: plan.slow_rounds} if batch > 8 else {}
+        for kind, text in (("cached", "features cached"), ("backbone", "with the backbone")):
+            answers = _steps(workers, SIZE, batch, kind == "backbone", plan, slow)
+            title = f"batch {batch}, {text}"
+            yield Figure(
+                f"step/{kind}/{batch}", "Training step: forward and backward", title, "s", _medians(answers, "passes")
+            )
+            yield Figure(
+                f"update/{kind}/{batch}", "Training step with the optimizer's update", title, "s",
+                _medians(answers, "whole"),
+            )  # fmt: skip
+
+
+def forward_passes(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure]:
+    """The model in eval mode, pictures in memory to anomaly maps: latency of one, throughput of batches."""
+    group = "Model in dygraph: pictures to anomaly maps"
+    for batch in (1, 8):
+        answers = interleaved(
+            workers,
+            lambda name: plan.rounds,
+            lambda worker, b=batch: worker.ask("forward", size=SIZE, batch=b, seconds=plan.turn),
+            lambda worker, b=batch: worker.ask("forward", size=SIZE, batch=b, seconds=0),
+        )
+        samples = {name: [statistics.median(turn) for turn in turns] for name, turns in answers.items()}
+        if batch == 1:
+            yield Figure("latency", group, "latency of one picture", "s", samples)
+        else:
+            rates = {name: [batch / seconds for seconds in turns] for name, turns in samples.items()}
+            yield Figure(f"throughput/{batch}", group, f"throughput, batch {batch}", "images/s", rates)
+
+
+def evaluations(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure]:
+    """From raw maps in memory, by smoothing and sorting, to both AUROCs.
+
+    Raises:
+        UserError: ours and the published way give different AUROCs.
+    """
+    chosen = {name: workers[name] for name in (OURS, TUNED)}
+    for count in plan.maps:
+        answers = interleaved(
+            chosen,
+            lambda name: plan.rounds,
+            lambda worker, c=count: worker.ask("evaluate", count=c, seconds=plan.turn),
+            lambda worker, c=count: worker.ask("evaluate", count=c, seconds=0),
+        )
+        for kind in ("image", "pixel"):
+            ours, published = (answers[name][0][kind] for name in (OURS, TUNED))
+            if not abs(ours - published) <= 1e-5:
+                raise UserError(f"{kind} AUROC of {count} maps: {ours} by ours, {published} by the published way")
+        title = f"{count} maps of {SIZE} x {SIZE}"
+        yield Figure(
+            f"evaluation/{count}", "Evaluation: maps to both AUROCs", title, "s", _medians(answers, "seconds"), count
+        )
+
+
+def epochs(contenders: Mapping[str, Contender], plan: Plan, data: Path, category: str) -> Iterator[Figure]:
+    """A first epoch with its evaluation, from picture files, in fresh processes; and their peak memory."""
+    group = "Epoch with evaluation, from picture files"
+    batch = 32  # the published one
+    for train, test in plan.pictures:
+        whole = (train, test) == plan.pictures[-1]
+        growing = {name: c for name, c in contenders.items() if name != ANOMALIB_NARROW}
+        if not whole:  # too slow to be had for a curve
+            del growing[PUBLISHED]
+        with started(growing) as workers:
+            answers = interleaved(
+                workers,
+                lambda name, whole=whole: plan.epoch_rounds if whole and name in (OURS, ANOMALIB) else 1,
+                lambda worker, n=train, m=test: worker.ask(
+                    "epoch", data=str(data), category=category, train=n, test=m, batch=batch
+                ),
+            )
+        title = f"{train} training and {test} test pictures"
+        later = {name: [turn["training"] + turn["evaluation"] for turn in turns] for name, turns in answers.items()}
+        first = {
+            name: [turn["features"] + seconds for turn, seconds in zip(turns, later[name], strict=True)]
+            for name, turns in answers.items()
+        }
+        complete = (train, test) == (TRAIN, TEST)
+        yield Figure("epoch" if complete else f"epoch/{train}", group, f"first epoch, {title}", "s", first, train)
+        yield Figure(
+            "later epoch" if complete else f"later epoch/{train}", "Later epochs (ours keeps the features)", title, "s",
+            later, train,
+        )  # fmt: skip
+        if whole:
+            peaks = {name: [float(turn["peak"]) for turn in turns[:1]] for name, turns in answers.items()}
+            yield Figure("memory/epoch", "Peak memory", f"process of that epoch, {title}", "bytes", peaks)
+
+
+def sizes(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure]:
+    """How a training step grows with the side of the pictures."""
+    chosen = {name: worker for name, worker in workers.items() if name != ANOMALIB_NARROW}
+    for size in plan.sizes:
+        rounds = {name: plan.slow_rounds for name in chosen} | {PUBLISHED: 1}
+        answers = _steps(chosen, size, 8, True, plan, rounds)
+        group = "Growth with picture size: forward and backward, batch 8, with the backbone"
+        yield Figure(f"size/{size}", group, f"{size} x {size}", "s", _medians(answers, "passes"), size)
+
+
+def threads(contenders: Mapping[str, Contender], plan: Plan, most: int) -> Iterator[Figure]:
+    """How a training step shrinks with threads, in fresh processes."""
+    counts = [2**i for i in range(most.bit_length()) if 2**i < most] + [most]
+    for count in counts:
+        chosen = {
+            name: replace(contenders[name], environment={**c.environment, "OMP_NUM_THREADS": str(count)})
+            for name, c in contenders.items()
+            if name in (OURS, TUNED, ANOMALIB)
+        }
+        with started(chosen) as workers:
+            answers = _steps(workers, SIZE, 8, True, plan, {name: plan.slow_rounds + 1 for name in chosen})
+        group = "Growth with threads: forward and backward, batch 8, with the backbone"
+        yield Figure(f"threads/{count}", group, f"{count} threads", "s", _medians(answers, "passes"), count)
+
+
+def commands(plan: Plan, data: Path, category: str, folder: Path, has_weights: bool) -> Iterator[Figure]:
+    """Peak memory of train.py, and the cold start of each command. `folder` is where they write."""
+    python = sys.executable
+    config = ["-cfg", str(ROOT / "configs/resnet18.yaml")]
+    run = [*config, "--exp_dir", "benchmark", "-cat", category]
+    offline = [] if has_weights else ["-o", "pretrained=offline"]
+    complete = len(list((data / category / "train/good").iterdir())) == TRAIN
+    training = run_command(
+        [python, str(ROOT / "train.py"), *run, "--data", str(data), "--epochs", "2", *offline], folder
+    )
+    key = "memory/train.py" if complete else "memory/train.py, few pictures"
+    yield Figure(key, "Peak memory", "train.py, 2 epochs of all pictures", "bytes", {OURS: [float(training.peak)]})
+    exported = ["--save_inference_dir", str(folder / "inference")]
+    run_command([python, str(ROOT / "deploy/export_model.py"), *run, *exported], folder)
+    picture = ["--image_path", str(ROOT / "images/bottle_good.png")]
+    started_commands = {
+        "start/python": ("python -c pass", ["-c", "pass"]),
+        "start/paddle": ('python -c "import paddle"', ["-c", "import paddle"]),
+        "start/infer": ("deploy/infer.py on one picture", [str(ROOT / "deploy/infer.py"), *exported, *picture]),
+        "start/predict": ("predict.py on one picture", [str(ROOT / "predict.py"), *run, *picture]),
+    }
+    for name in ("train.py", "eval.py", "predict.py", "deploy/export_model.py", "deploy/infer.py"):
+        started_commands[f"start/{name}"] = (f"{name} --help", [str(ROOT / name), "--help"])
+    samples: dict[str, list[float]] = {key: [] for key in started_commands}
+    for turn in range(plan.starts + 1):
+        for key, (_, arguments) in started_commands.items():
+            finished = run_command([python, *arguments], folder)
+            if turn > 0:  # the first turn fills the disk's cache
+                samples[key].append(finished.seconds)
+    for key, (title, _) in started_commands.items():
+        yield Figure(key, "Cold start of commands", title, "s", {OURS: samples[key]})
+
+
+def note(text: str) -> None:
+    """One line of progress on stderr."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def _steps(
+    workers: Mapping[str, Worker], size: int, batch: int, backbone: bool, plan: Plan, rounds: Mapping[str, int]
+) -> dict[str, list[Any]]:
+    """Answers of interleaved training steps, with `rounds` in place of the plan's where a contender stands in it.
+
+    If Paddle's defaults are among those, their steps are slow: they are not warmed up.
+    """
+
+    def ask(worker: Worker, seconds: float) -> Any:
+        return worker.ask("step", size=size, batch=batch, backbone=backbone, seconds=seconds)
+
+    def warm_up(worker: Worker) -> None:
+        if worker.contender.name != PUBLISHED or PUBLISHED not in rounds:
+            ask(worker, 0)
+
+    return interleaved(
+        workers, lambda name: rounds.get(name, plan.rounds), lambda worker: ask(worker, plan.turn), warm_up
+    )
+
+
+def _medians(answers: Mapping[str, list[dict[str, Any]]], key: str) -> dict[str, list[float]]:
+    """Of each turn's calls."""
+    return {name: [statistics.median(turn[key]) for turn in turns] for name, turns in answers.items()}
