@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from deploy.cli import UserError, non_negative_float, report_error, run_main
+from deploy.cli import UserError, add_pictures, report_error, run_main
 from deploy.imaging import (
     PUBLISHED_THRESHOLD,
     decision_line,
@@ -21,13 +21,7 @@ from utils.results import experiment_folder
 def parse_args() -> argparse.Namespace:
     parser = common_parser("Score pictures and draw where their defects are.")
     add_category(parser, "category whose checkpoint is used")
-    parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
-    parser.add_argument(
-        "--image_threshold", type=non_negative_float, default=PUBLISHED_THRESHOLD, help="anomaly above it (%(default)s)"
-    )
-    parser.add_argument(
-        "--pixel_threshold", type=non_negative_float, default=PUBLISHED_THRESHOLD, help="mask above it (%(default)s)"
-    )
+    add_pictures(parser, PUBLISHED_THRESHOLD)
     return parser.parse_args()
 
 

@@ -18,6 +18,15 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def add_pictures(parser: argparse.ArgumentParser, threshold: float | None) -> None:
+    """Add --image_path and both thresholds; None stands for the thresholds that the exported model carries."""
+    shown = "the exported model's" if threshold is None else threshold
+    parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
+    for name, what in (("image", "a picture is an anomaly above it"), ("pixel", "a pixel is in the mask above it")):
+        text = f"{what} ({shown})"
+        parser.add_argument(f"--{name}_threshold", type=non_negative_float, default=threshold, help=text)
+
+
 def boolean(text: str) -> bool:
     """Type of options that take True or False, as TIPC passes them."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

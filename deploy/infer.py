@@ -20,8 +20,8 @@ from deploy import runtime
 from deploy.cli import (
     ArgumentParser,
     UserError,
+    add_pictures,
     boolean,
-    non_negative_float,
     non_negative_int,
     positive_int,
     report_error,
@@ -34,14 +34,12 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Score pictures with an exported model.")
     parser.add_argument("-cfg", "--config", help="accepted as before; the exported model carries all it needs")
     parser.add_argument("--save_inference_dir", default="./results/inference", help="exported model (%(default)s)")
-    parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
     parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures a run (%(default)s)")
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")
-    parser.add_argument("--image_threshold", type=non_negative_float, help="anomaly above it (the exported model's)")
-    parser.add_argument("--pixel_threshold", type=non_negative_float, help="mask above it (the exported model's)")
+    add_pictures(parser, None)  # the thresholds are the exported model's
     parser.add_argument("--output_dir", help="write a picture with heat map and mask per input here")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
     return parser.parse_args()
