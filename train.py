@@ -43,43 +43,61 @@ def main() -> None:
 
     import paddle  # this and what imports it: only after start() has set the runtime up
 
-    from datasets.mvtec import load_category, load_ground_truth
+    from datasets.mvtec import hold_out, load_category, load_ground_truth
     from models.fastflow import FastFlow
     from models.pretrained import load_backbone
     from utils import distributed
+    from utils.averaging import WeightAverage
     from utils.checkpoint import load_for_resume, published_state, save_checkpoint
-    from utils.evaluation import measure, score_images
+    from utils.evaluation import mean_loss, measure, score_images
     from utils.features import CacheBudget, FeatureCache
     from utils.training import build_optimizer, train_epoch
 
     distributed.start()
     # ---- data, model, features: what is wrong with them shows here, before anything is written
     category = load_category(Path(args.data), args.category)
+    if config.selection == "test_auroc" and not category.test:
+        raise UserError(
+            f"category {category.name}: has no test pictures, which selection: test_auroc needs; "
+            "train with -cfg configs/resnet18_stable.yaml or -o selection=last"
+        )
+    train_pictures, held_out = hold_out(category.train, config.holdout, config.seed)
     truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
     folder = make_folder(experiment_folder(args.exp_dir) / category.name)
 
     paddle.seed(config.seed)
     model = FastFlow(config)
     optimizer = build_optimizer(model, config)
+    average = WeightAverage(model, config.ema_decay)
+    held_out_names = [path.name for path in held_out]
     history: list[EpochRow] = []
     if args.resume:
-        checkpoint = load_for_resume(model, optimizer, config, folder / "last.pdparams")
+        checkpoint = load_for_resume(model, optimizer, average, config, held_out_names, folder / "last.pdparams")
         history = checkpoint["history"]
         backbone = checkpoint["backbone"]
     else:
-        backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
+        backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, train_pictures)
     distributed.same_start(model)
-    budget = CacheBudget.from_options(args.cache_memory, args.cache_disk)
+    budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
     extractor, size = model.feature_extractor, config.input_size
-    train_features = FeatureCache(extractor, category.train, size, budget, "training pictures")
+    train_features = FeatureCache(extractor, train_pictures, size, budget, "training pictures")
     if distributed.is_first():  # which alone evaluates
         test_features = FeatureCache(extractor, [image.path for image in category.test], size, budget, "test pictures")
+        held_out_features = FeatureCache(extractor, held_out, size, budget, "held-out pictures")
         if args.verbose:
             print(f"features kept in: {train_features.place} (train), {test_features.place} (test)", file=sys.stderr)
 
+    def evaluate() -> tuple[float | None, float | None, float | None]:
+        """Image and pixel AUROC on the test pictures and the loss on the held-out ones, of those there are."""
+        aurocs = measure(score_images(model, test_features), truth) if category.test else (None, None)
+        return *aurocs, mean_loss(model, held_out_features) if held_out else None
+
     # ---- training
     logger = make_logger(folder / "train.log", silent=not distributed.is_first())
-    logger.info(f"{category.name}  {len(category.train)} training and {len(category.test)} test pictures")
+    logger.info(
+        f"{category.name}  {len(train_pictures)} training, {len(held_out)} held-out and "
+        f"{len(category.test)} test pictures"
+    )
     logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
     logger.info(f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es)")
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
@@ -91,35 +109,42 @@ def main() -> None:
                 break
             started = time.perf_counter()
             loss = train_epoch(
-                model, optimizer, train_features, config, epoch, lambda line: logger.info(f"{category.name}  {line}")
+                model,
+                optimizer,
+                train_features,
+                config,
+                epoch,
+                average,
+                lambda line: logger.info(f"{category.name}  {line}"),
             )
-            image = pixel = None
-            measured = ""
-            if epoch % config.eval_interval == 0 or epoch == config.epochs:
-                image, pixel = distributed.from_first(lambda: measure(score_images(model, test_features), truth))
-                measured = f" - pixel auroc: {figure(pixel)} - image auroc: {figure(image)}"
-            selection = selection_value(image, pixel, config.selection_weights)
+            image = pixel = val_loss = None
+            with average.applied():
+                if epoch % config.eval_interval == 0 or epoch == config.epochs:
+                    image, pixel, val_loss = distributed.from_first(evaluate)
+                state = published_state(model)
+                averaging = {"average": average.state()} if config.ema_decay else {}
+            selection = selection_value(config, image, pixel, val_loss)
             seconds = time.perf_counter() - started
-            history.append(EpochRow(epoch, loss, optimizer.get_lr(), image, pixel, selection, seconds))
+            history.append(EpochRow(epoch, loss, optimizer.get_lr(), image, pixel, selection, seconds, val_loss))
 
             if not distributed.is_first():
                 continue
             content = {
                 "epoch": epoch,
-                "model_state_dict": published_state(model),
+                "model_state_dict": state,
                 "optimizer_state_dict": optimizer.state_dict(),
                 "backbone": backbone,
                 "config": config.as_dict(),
                 "history": [asdict(row) for row in history],
+                "held_out": held_out_names,
+                **averaging,
             }
             if best_row(history) is history[-1]:
                 save_checkpoint(folder / "best.pdparams", content)
             save_checkpoint(folder / "last.pdparams", content)  # after best: a resumed epoch writes both again
             write_csv(folder / "history.csv", history)
             write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-            best_epoch = best_row(history).epoch
-            summary = f"Epoch {epoch} - loss = {loss:.3f}{measured} - best epoch: {best_epoch} - {seconds:.1f} sec"
-            logger.info(f"{category.name}  {summary}")
+            logger.info(f"{category.name}  {epoch_line(history)}")
     if distributed.is_first():
         draw_curves(folder / "curves.png", history, category.name)
     logger.info(f"{category.name}  checkpoints, history.csv and curves.png are in {folder}")

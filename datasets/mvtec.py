@@ -109,6 +109,24 @@ def load_category(data: Path, name: str) -> Category:
     return Category(name, train, test)
 
 
+def hold_out(train: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Split good training pictures at random into those to learn from and those that training never sees.
+
+    Args:
+        train: the pictures.
+        share: in [0, 1), of the pictures to keep out, rounded, but at least one unless it is 0.
+        seed: the same pictures, share and seed give the same split.
+
+    Raises:
+        UserError: no picture would be left to learn from.
+    """
+    count = max(1, round(share * len(train))) if share else 0
+    if count >= len(train):
+        raise UserError(f"holdout: {share:g} of {len(train)} good pictures leaves none to learn from; add pictures")
+    chosen = set(np.random.default_rng(seed).permutation(len(train))[:count])
+    return [p for i, p in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
+
+
 def load_ground_truth(test: Sequence[LabelledImage], input_size: int, rule: str) -> GroundTruth:
     """Read the masks and turn them into labels per pixel and per picture.
 

@@ -442,3 +442,66 @@ def test_no_such_checkpoint_or_picture(workplace):
     assert "inference.yml" in workplace.fail(
         "deploy/infer.py", "--save_inference_dir", "images", "--image_path", "images/bottle_good.png"
     )
+
+
+# ---- configs/resnet18_stable.yaml
+
+
+STABLE = ("-cfg", "configs/resnet18_stable.yaml")
+
+
+def test_stable_training_stores_the_average_the_held_out_pictures_and_the_last_epoch(workplace):
+    workplace.train("stable", *STABLE, "--epochs", 3, "--batch_size", 8)
+    folder = workplace.folder / "results/stable/bottle"
+    best, last = (load_checkpoint(folder / name) for name in ("best.pdparams", "last.pdparams"))
+    assert best["epoch"] == last["epoch"] == 3
+    assert last["config"]["selection"] == "last"
+    names = {path.name for path in (ROOT / "lite_data/bottle/train/good").iterdir()}
+    assert len(last["held_out"]) == round(0.1 * len(names))
+    assert set(last["held_out"]) < names
+    stored, own = last["model_state_dict"], last["average"]["parameters"]
+    assert any((stored[name] != own[name]).any() for name in own)
+    rows = workplace.history("stable")
+    assert all(row["val_loss"] for row in rows)
+    assert float(rows[-1]["lr"]) < float(rows[0]["lr"])
+
+
+def test_stable_training_resumes_to_the_same_losses(workplace):
+    options = (*STABLE, "--batch_size", 8, "-o", "lr_schedule=constant")
+    workplace.train("stable_whole", *options, "--epochs", 3)
+    workplace.train("stable_stopped", *options, "--epochs", 2)
+    workplace.train("stable_stopped", *options, "--epochs", 3, "--resume")
+    whole, resumed = workplace.history("stable_whole"), workplace.history("stable_stopped")
+    for key in ("epoch", "loss", "val_loss", "image_auroc", "pixel_auroc"):
+        assert [row[key] for row in resumed] == [row[key] for row in whole], key
+
+
+def test_val_likelihood_keeps_the_epoch_with_the_lowest_held_out_loss(workplace):
+    options = ("-o", "selection=val_likelihood", "--batch_size", 8, "--epochs", 3, "-o", "lr=0.02")
+    workplace.train("likely", *STABLE, *options)
+    rows = workplace.history("likely")
+    lowest = min(rows, key=lambda row: float(row["val_loss"]))
+    best = load_checkpoint(workplace.folder / "results/likely/bottle/best.pdparams")
+    assert best["epoch"] == int(lowest["epoch"])
+
+
+def test_resume_refuses_what_a_training_cannot_change_half_way(workplace):
+    workplace.train("fixed", *STABLE, "--epochs", 1)
+    options = ("--data", "lite_data", "-cat", "bottle", *TINY, "--exp_dir", "fixed", "--resume", "--epochs", 2)
+    for change, text in (("ema_decay=0", "ema_decay 0.9"), ("holdout=0.2", "holdout 0.1"), ("seed=1", "held out")):
+        line = workplace.fail("train.py", *STABLE, *options, "-o", change)
+        assert "last.pdparams" in line
+        assert text in line
+
+
+def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
+    data = workplace.folder / "only_good"
+    (data / "part/train").mkdir(parents=True)
+    (data / "part/train/good").symlink_to(ROOT / "lite_data/bottle/train/good")
+    common = ("--data", data, "-cat", "part", *TINY, "--epochs", 1)
+    done = workplace.succeed("train.py", *STABLE, *common, "--exp_dir", "good")
+    assert "auroc" not in done.stdout
+    assert "held-out loss" in done.stdout
+    line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "bad")
+    assert "resnet18_stable.yaml" in line
+    assert not (workplace.folder / "results/bad").exists()

@@ -22,16 +22,17 @@ def backbone():
 
 
 @pytest.mark.parametrize(
-    ("memory", "disk", "place"),
+    ("device", "memory", "disk", "place"),
     [
-        (FEATURE_BYTES, 0, "memory"),
-        (FEATURE_BYTES - 1, FEATURE_BYTES, "file"),
-        (PICTURE_BYTES, FEATURE_BYTES - 1, "pictures"),
-        (PICTURE_BYTES - 1, 0, "nothing"),
+        (FEATURE_BYTES, 0, 0, "device"),
+        (FEATURE_BYTES - 1, FEATURE_BYTES, 0, "memory"),
+        (0, FEATURE_BYTES - 1, FEATURE_BYTES, "file"),
+        (0, PICTURE_BYTES, FEATURE_BYTES - 1, "pictures"),
+        (0, PICTURE_BYTES - 1, 0, "nothing"),
     ],
 )
-def test_every_place_gives_the_same_features(backbone, memory, disk, place):
-    budget = CacheBudget(memory, disk)
+def test_every_place_gives_the_same_features(backbone, device, memory, disk, place):
+    budget = CacheBudget(memory, disk, device)
     cache = FeatureCache(backbone, PATHS, SIZE, budget, "test")
     assert cache.place == place
     assert len(cache) == 11
@@ -39,8 +40,10 @@ def test_every_place_gives_the_same_features(backbone, memory, disk, place):
     indices = np.array([7, 0, 10, 3])
     for actual, expected in zip(cache.batch(indices), reference.batch(indices), strict=True):
         np.testing.assert_allclose(actual.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
-    left = {"memory": (0, 0), "file": (memory, 0), "pictures": (0, disk), "nothing": (memory, disk)}[place]
-    assert (budget.memory, budget.disk) == left
+    taken = {"device": FEATURE_BYTES, "memory": FEATURE_BYTES, "file": FEATURE_BYTES, "pictures": PICTURE_BYTES}
+    where = {"file": "disk", "pictures": "memory"}.get(place, place)
+    for name, limit in {"device": device, "memory": memory, "disk": disk}.items():
+        assert getattr(budget, name) == limit - (taken[place] if name == where else 0)
 
 
 def test_two_caches_share_one_budget(backbone):
@@ -55,6 +58,10 @@ def test_the_disk_that_turns_out_full(backbone, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     assert FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test").place == "nothing"
+
+
+def test_a_cpu_has_no_memory_of_its_own():
+    assert CacheBudget.from_options(1, 1, 1).device == 0
 
 
 def test_budget_from_options(monkeypatch):

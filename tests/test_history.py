@@ -5,15 +5,18 @@ import csv
 import pytest
 
 from deploy.cli import UserError
-from utils.config import SelectionWeights
-from utils.history import EpochRow, best_row, draw_curves, selection_value, write_csv
+from utils.config import SelectionWeights, load_config
+from utils.history import EpochRow, best_row, draw_curves, epoch_line, selection_value, waited_for, write_csv
+
+
+def config(**changes):
+    return load_config("configs/resnet18.yaml", **changes)
 
 
 def rows(*aurocs):
     """A history of (image, pixel) AUROCs, one epoch each; None where it was not evaluated."""
-    weights = SelectionWeights()
     return [
-        EpochRow(epoch, 1.0 / epoch, 0.001, *pair, selection_value(*pair, weights), 0.1)
+        EpochRow(epoch, 1.0 / epoch, 0.001, *pair, selection_value(config(), *pair, None), 0.1)
         for epoch, pair in enumerate((pair or (None, None) for pair in aurocs), start=1)
     ]
 
@@ -22,12 +25,44 @@ def rows(*aurocs):
     ("image", "pixel", "expected"), [(0.5, 0.9, 0.7), (None, 0.9, 0.9), (0.5, None, 0.5), (None, None, None)]
 )
 def test_selection_is_the_weighted_sum_of_what_was_measured(image, pixel, expected):
-    assert selection_value(image, pixel, SelectionWeights()) == expected
+    assert selection_value(config(), image, pixel, 0.25) == expected
 
 
 def test_selection_weights_are_used():
-    assert selection_value(0.5, 0.9, SelectionWeights(image=1, pixel=0)) == 0.5
-    assert selection_value(0.5, 0.9, SelectionWeights(image=1, pixel=3)) == pytest.approx(3.2)
+    weighted = [config(selection_weights={"image": 1, "pixel": pixel}) for pixel in (0, 3)]
+    assert [c.selection_weights for c in weighted] == [SelectionWeights(1.0, 0.0), SelectionWeights(1.0, 3.0)]
+    assert selection_value(weighted[0], 0.5, 0.9, None) == 0.5
+    assert selection_value(weighted[1], 0.5, 0.9, None) == pytest.approx(3.2)
+
+
+def history_under(selection, *measured):
+    """A history of (image AUROC, held-out loss), one epoch each."""
+    chosen = config(selection=selection, holdout=0.1)
+    return [
+        EpochRow(epoch, 1.0, 0.001, auroc, auroc, selection_value(chosen, auroc, auroc, loss), 0.1, loss)
+        for epoch, (auroc, loss) in enumerate(measured, start=1)
+    ]
+
+
+def test_val_likelihood_chooses_the_lowest_held_out_loss_whatever_the_aurocs():
+    history = history_under("val_likelihood", (0.9, 0.5), (0.7, -0.25), (0.8, 0.0), (1.0, None))
+    assert best_row(history).epoch == 2
+    assert waited_for(history[:3]) == 1
+
+
+def test_last_chooses_the_last_epoch_and_never_waits():
+    history = history_under("last", (0.9, 0.5), (0.7, 0.6))
+    assert best_row(history).epoch == 2
+    assert best_row(history[:1]).epoch == 1
+    assert waited_for(history) == 0
+
+
+def test_the_log_line_says_what_was_measured():
+    history = history_under("val_likelihood", (0.9, 0.5), (None, -0.25))
+    assert epoch_line(history[:1]) == (
+        "Epoch 1 - loss = 1.000 - held-out loss = 0.500 - pixel auroc: 0.900 - image auroc: 0.900 - best epoch: 1 - 0.1 sec"
+    )
+    assert epoch_line(history) == "Epoch 2 - loss = 1.000 - held-out loss = -0.250 - best epoch: 2 - 0.1 sec"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 `results/{exp_dir}/{category}/best.pdparams` and `last.pdparams` hold a dictionary in `paddle.save` format with
 `epoch`, `model_state_dict` and `optimizer_state_dict`, as published, and beside them what the published files do
-not have: `backbone` (provenance), `config` and `history` (one row per epoch).
+not have: `backbone` (provenance), `config`, `history` (one row per epoch), `held_out` (names of the good training
+pictures that training did not see) and `average` (with a moving average of the weights, which is then what
+`model_state_dict` holds: the parameters that training goes on from).
 """
 
 from pathlib import Path
@@ -14,11 +16,14 @@ import paddle
 from deploy.cli import UserError
 from deploy.files import write_whole
 from models.fastflow import FastFlow, FlowStep
+from utils.averaging import WeightAverage
 from utils.config import Config
 from utils.history import EpochRow
 from utils.pickles import load_pickle
 from utils.states import set_state
 
+# Settings that a training cannot change half-way.
+RESUME_KEYS = ("selection", "holdout", "ema_decay")
 # Settings that decide what the parameters mean.
 MODEL_KEYS = ("input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
 
@@ -65,15 +70,36 @@ def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: s
 
 
 def load_for_resume(
-    model: FastFlow, optimizer: paddle.optimizer.Optimizer, config: Config, path: Path
+    model: FastFlow,
+    optimizer: paddle.optimizer.Optimizer,
+    average: WeightAverage,
+    config: Config,
+    held_out: list[str],
+    path: Path,
 ) -> dict[str, Any]:
-    """Fill model and optimizer from a checkpoint that train.py wrote; return it.
+    """Fill model, optimizer and average from a checkpoint that train.py wrote; return it.
+
+    `held_out` are the names of the pictures that are kept from this training.
 
     Raises:
         UserError: no such file, damaged, not written by train.py, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
     _fill(model, config, checkpoint, path)
+    trained = checkpoint.get("config", {})
+    for key in RESUME_KEYS:
+        if key in trained and trained[key] != getattr(config, key):
+            raise UserError(
+                f"{path}: was trained with {key} {trained[key]}, the config says {getattr(config, key)}; --resume goes "
+                f"on only with -o {key}={trained[key]}"
+            )
+    if checkpoint.get("held_out", []) != held_out:
+        raise UserError(
+            f"{path}: other pictures are held out now than when it was trained (seed or the folder's content has "
+            "changed), so --resume would learn from them; train again without it"
+        )
+    if config.ema_decay:
+        average.resume(checkpoint.get("average"), str(path))
     try:
         optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
         checkpoint["history"] = [EpochRow(**row) for row in checkpoint["history"]]

@@ -41,9 +41,13 @@ class Config:
     epochs: int = 500
     batch_size: int = 32
     lr: float = 1e-3
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 1e-5
     clip_norm: float = 0.9
+    ema_decay: float = 0.0
+    holdout: float = 0.0
     eval_interval: int = 1
+    selection: Literal["test_auroc", "last", "val_likelihood"] = "test_auroc"
     patience: int = 30
     selection_weights: SelectionWeights = dataclasses.field(default_factory=SelectionWeights)
     log_interval: int = 10
@@ -66,10 +70,18 @@ LOWEST = {
     "log_interval": 1,
     "seed": 0,
     "weight_decay": 0,
+    "ema_decay": 0,
+    "holdout": 0,
     "selection_weights.image": 0,
     "selection_weights.pixel": 0,
 }
-HIGHEST = {"input_size": 4096, "flow_step": 64, "hidden_ratio": 64}  # beyond it memory ends, not sense
+HIGHEST = {
+    "ema_decay": 0.9999,
+    "holdout": 0.5,
+    "input_size": 4096,  # from here on: beyond it memory ends, not sense
+    "flow_step": 64,
+    "hidden_ratio": 64,
+}
 POSITIVE = {"lr", "clip_norm", "clamp", "hidden_ratio"}
 
 
@@ -113,6 +125,8 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: seed must be below 2**63, not {config.seed}")
     if config.selection_weights.image + config.selection_weights.pixel <= 0:
         raise UserError(f"{source}: selection_weights: image and pixel must not both be 0")
+    if config.selection == "val_likelihood" and not config.holdout:
+        raise UserError(f"{source}: selection val_likelihood needs pictures to measure it on; set holdout, e.g. to 0.1")
     if not 0 <= config.momentum <= 1:
         raise UserError(f"{source}: momentum must be between 0 and 1, not {config.momentum}")
     return config

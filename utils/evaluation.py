@@ -7,7 +7,7 @@ import paddle
 
 from datasets.mvtec import GroundTruth
 from deploy.cli import UserError
-from models.fastflow import FastFlow
+from models.fastflow import FastFlow, negative_log_likelihood
 from utils.features import FeatureCache
 from utils.metrics import auroc
 
@@ -40,6 +40,17 @@ def score_images(model: FastFlow, features: FeatureCache) -> Scores:
     if not np.isfinite(scores.image).all():
         raise UserError("the model gives scores that are not numbers; its training diverged (a lower lr helps)")
     return scores
+
+
+@paddle.no_grad()
+def mean_loss(model: FastFlow, features: FeatureCache) -> float:
+    """The training loss in eval mode, averaged over the pictures: -log p per dimension, summed over the scales."""
+    model.eval()
+    total = paddle.zeros([])
+    for start in range(0, len(features), EVALUATION_BATCH):
+        indices = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
+        total += negative_log_likelihood(model.latents(features.batch(indices))) * len(indices)
+    return total.item() / len(features)
 
 
 def measure(scores: Scores, truth: GroundTruth) -> tuple[float | None, float | None]:

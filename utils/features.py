@@ -27,22 +27,31 @@ class CacheBudget:
 
     memory: float
     disk: float
+    device: float = 0.0
 
     @classmethod
-    def from_options(cls, memory_gib: float | None, disk_gib: float | None) -> "CacheBudget":
+    def from_options(
+        cls, memory_gib: float | None, disk_gib: float | None, device_gib: float | None = None
+    ) -> "CacheBudget":
         """Limits in GiB; None is half of what is free now, in main memory or in the folder of temporary files.
 
-        Processes that train together on one machine share that half.
+        Processes that train together on one machine share that half. On a GPU None is a quarter of its memory, of
+        which training leaves more than that; a CPU has no memory of its own.
         """
+        device = 0.0
+        if paddle.get_device().startswith("gpu"):
+            total = paddle.device.cuda.get_device_properties().total_memory
+            device = total / 4 if device_gib is None else device_gib * 2**30
         free_disk = shutil.disk_usage(tempfile.gettempdir()).free
         memory = available_memory() / 2 / local_processes() if memory_gib is None else memory_gib * 2**30
         disk = free_disk / 2 / local_processes() if disk_gib is None else disk_gib * 2**30
-        return cls(memory, disk)
+        return cls(memory, disk, device)
 
 
 class FeatureCache:
     """The backbone's feature maps of pictures, kept in the first of these places that has room:
 
+    * `device`: the features, in the GPU's memory, so that no step waits for a copy;
     * `memory`: the features, in main memory;
     * `file`: the features, in a memory-mapped temporary file that vanishes with the process;
     * `pictures`: the decoded and resized pictures in main memory, features are computed for each batch;
@@ -63,9 +72,13 @@ class FeatureCache:
         shapes = [x.shape[1:] for x in backbone(paddle.zeros([1, 3, input_size, input_size]))]
         size = 4 * len(paths) * sum(math.prod(shape) for shape in shapes)  # bytes of float32
         picture_bytes = len(paths) * input_size * input_size * 3
-        self._features: list[np.ndarray] = []
+        self._features: list[np.ndarray] | list[Tensor] = []
         self._pictures: np.ndarray | None = None
-        if size <= budget.memory:
+        if 0 < size <= budget.device:
+            self.place = "device"
+            self._features = [paddle.empty([len(paths), *shape]) for shape in shapes]
+            budget.device -= size
+        elif size <= budget.memory:
             self.place = "memory"
             self._features = [np.empty((len(paths), *shape), np.float32) for shape in shapes]
             budget.memory -= size
@@ -86,6 +99,8 @@ class FeatureCache:
 
     def batch(self, indices: np.ndarray) -> list[Tensor]:
         """Features of these pictures, (B, C, h, w) per scale, on the device."""
+        if self.place == "device":
+            return [paddle.index_select(maps, paddle.to_tensor(indices)) for maps in self._features]
         if self._features:
             return [paddle.to_tensor(maps[indices]) for maps in self._features]
         if self._pictures is not None:
@@ -103,7 +118,7 @@ class FeatureCache:
                 end = start + len(pictures)
                 if self._features:
                     for whole, part in zip(self._features, self._compute(pictures), strict=True):
-                        whole[start:end] = part.numpy()
+                        whole[start:end] = part if self.place == "device" else part.numpy()
                 elif self._pictures is not None:
                     self._pictures[start:end] = pictures
                 bar.update(end - start)

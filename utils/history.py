@@ -8,24 +8,37 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from deploy.files import write_text, write_whole
-from utils.config import SelectionWeights
+from utils.config import Config
+from utils.results import figure
 
 
 @dataclass(frozen=True)
 class EpochRow:
-    """One epoch. AUROCs and `selection` are None where nothing was measured."""
+    """One epoch. AUROCs, `selection` and `val_loss` are None where nothing was measured."""
 
     epoch: int  # from 1
     loss: float  # mean over the pictures of the epoch
     lr: float
     image_auroc: float | None
     pixel_auroc: float | None
-    selection: float | None  # what chooses the best checkpoint
+    selection: float | None  # what chooses the best checkpoint: the highest
     seconds: float
+    val_loss: float | None = None  # mean over the held-out pictures
 
 
-def selection_value(image: float | None, pixel: float | None, weights: SelectionWeights) -> float | None:
-    """Weighted sum of the AUROCs; of the one there is, if the other could not be measured."""
+def selection_value(config: Config, image: float | None, pixel: float | None, val_loss: float | None) -> float | None:
+    """What the config's selection rule makes as large as possible.
+
+    Returns:
+        test_auroc: the weighted sum of the AUROCs; the one there is, if the other could not be measured.
+        val_likelihood: the log-likelihood per dimension of the held-out pictures, without the loss's constant.
+        last: None, so that the last epoch stands in and nothing is waited for.
+    """
+    if config.selection == "last":
+        return None
+    if config.selection == "val_likelihood":
+        return None if val_loss is None else -val_loss
+    weights = config.selection_weights
     if image is None or pixel is None:
         return pixel if image is None else image
     return weights.image * image + weights.pixel * pixel
@@ -53,6 +66,17 @@ def waited_for(history: Sequence[EpochRow]) -> int:
     return history[-1].epoch - best_row(history).epoch
 
 
+def epoch_line(history: Sequence[EpochRow]) -> str:
+    """The published log line of the last epoch, with what was measured."""
+    row = history[-1]
+    parts = [f"Epoch {row.epoch} - loss = {row.loss:.3f}"]
+    if row.val_loss is not None:
+        parts.append(f"held-out loss = {row.val_loss:.3f}")
+    if row.image_auroc is not None or row.pixel_auroc is not None:
+        parts += [f"pixel auroc: {figure(row.pixel_auroc)}", f"image auroc: {figure(row.image_auroc)}"]
+    return " - ".join([*parts, f"best epoch: {best_row(history).epoch}", f"{row.seconds:.1f} sec"])
+
+
 def write_csv(path: Path, history: Sequence[EpochRow]) -> None:
     """One line an epoch, full precision, empty where nothing was measured."""
     text = io.StringIO()
@@ -68,11 +92,15 @@ def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import and needed once
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    left.plot([row.epoch for row in history], [row.loss for row in history], marker=".")
-    left.set_title(f"{title}: training loss", parse_math=False)  # names may hold a $
+    canvas = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(canvas)
+    left, right = canvas.subplots(1, 2)
+    left.plot([row.epoch for row in history], [row.loss for row in history], marker=".", label="training")
+    held_out = [row for row in history if row.val_loss is not None]
+    if held_out:
+        left.plot([r.epoch for r in held_out], [r.val_loss for r in held_out], marker=".", label="held out")
+        left.legend()
+    left.set_title(f"{title}: loss", parse_math=False)  # names may hold a $
     left.set(xlabel="epoch", ylabel="negative log-likelihood per dimension")
     for name in ("image_auroc", "pixel_auroc"):
         measured = [row for row in history if getattr(row, name) is not None]
@@ -82,9 +110,9 @@ def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
     right.set_title(f"{title}: test set", parse_math=False)
     right.set(xlabel="epoch", ylabel="AUROC")
     best = best_row(history)
-    if best and best.selection is not None:
-        right.axvline(best.epoch, color="grey", linestyle=":", label=f"best: epoch {best.epoch}")
+    if best:
+        right.axvline(best.epoch, color="grey", linestyle=":", label=f"chosen: epoch {best.epoch}")
         right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    write_whole(path, lambda name: figure.savefig(name, dpi=100))
+    write_whole(path, lambda name: canvas.savefig(name, dpi=100))

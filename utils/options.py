@@ -38,12 +38,17 @@ def add_data(parser: ArgumentParser) -> None:
 
 def add_cache(parser: ArgumentParser) -> None:
     """Add the limits of the feature cache."""
-    for name, place in (("memory", "main memory"), ("disk", "the folder of temporary files")):
+    places = (
+        ("device", "the GPU's memory", "a quarter of it"),
+        ("memory", "main memory", "half of what is free"),
+        ("disk", "the folder of temporary files", "half of what is free"),
+    )
+    for name, place, default in places:
         parser.add_argument(
             f"--cache_{name}",
             type=non_negative_float,
             metavar="GIB",
-            help=f"most that cached features may take in {place}, 0 for nothing (half of what is free)",
+            help=f"most that cached features may take in {place}, 0 for nothing ({default})",
         )
 
 

@@ -1,0 +1,113 @@
+"""How the published and the stable configuration do on a real category: python -m benchmarks.accuracy
+
+Runs `train.py` and `eval.py` for each configuration and seed, one after the other, and writes `accuracy.json` (every
+epoch of every run, and both evaluations) and `accuracy.png` here. What a run that was cut off had done is kept: it
+goes on where it stopped. The pictures are those that FASTFLOW_MVTEC_DIR names.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import describe_machine
+from benchmarks.inputs import ROOT
+from deploy.cli import ArgumentParser, UserError, positive_int, run_main
+from deploy.files import write_text, write_whole
+
+CONFIGS = ("resnet18", "resnet18_stable")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(prog="benchmarks.accuracy", description="Train and evaluate several seeds, epoch by epoch.")
+    parser.add_argument("--data", default=os.environ.get("FASTFLOW_MVTEC_DIR"), help="folder of the categories")
+    parser.add_argument("--category", default="bottle", help="one of them (%(default)s)")
+    parser.add_argument(
+        "--configs", nargs="+", default=CONFIGS, metavar="NAME", help="of configs/ (both ResNet18 ones)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="(0 1 2)")
+    parser.add_argument("--epochs", type=positive_int, default=40, help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.data:
+        raise UserError("--data: name the folder of MVTec AD's categories, or set FASTFLOW_MVTEC_DIR")
+    runs = []
+    for config in args.configs:
+        for seed in args.seeds:
+            runs.append(run(config, seed, args))
+            results = {
+                "date": date.today().isoformat(),
+                "machine": describe_machine(),
+                "versions": {name: version(name) for name in ("paddlepaddle", "numpy")},
+                "category": args.category,
+                "epochs": args.epochs,
+                "runs": runs,
+            }
+            write_text(args.output / "accuracy.json", json.dumps(results, indent=1) + "\n")
+    draw(args.output / "accuracy.png", runs, args.category)
+
+
+def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate once; no patience, so that every run has all its epochs."""
+    experiment = f"accuracy/{config}-{seed}"
+    folder = ROOT / "results" / experiment
+    common = ["-cfg", f"configs/{config}.yaml", "-cat", args.category, "--data", str(Path(args.data).absolute())]
+    common += ["--exp_dir", experiment, "-o", f"seed={seed}", "-o", f"patience={args.epochs}"]
+    resume = ["--resume"] if (folder / args.category / "last.pdparams").exists() else []
+    command("train.py", *common, "--epochs", str(args.epochs), *resume)
+    evaluations = {}
+    for name, options in (("chosen", []), ("last", ["--is_last"])):
+        command("eval.py", *common, *options)
+        evaluations[name] = json.loads((folder / "eval.json").read_text())["categories"][args.category]
+    with open(folder / args.category / "history.csv", newline="") as file:
+        history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+    return {"config": config, "seed": seed, "history": history, **evaluations}
+
+
+def command(*words: str) -> None:
+    """Run a script of the repository; what it says goes where ours does.
+
+    Raises:
+        UserError: it failed.
+    """
+    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+        raise UserError(f"{' '.join(words)} failed")
+
+
+def draw(path: Path, runs: list[dict[str, Any]], category: str) -> None:
+    """Image and pixel AUROC over the epochs, a colour a configuration, a line a seed, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    configs = list(dict.fromkeys(run["config"] for run in runs))
+    for axes, kind in zip(figure.subplots(1, 2), ("image", "pixel"), strict=True):
+        for run in runs:
+            rows = [row for row in run["history"] if row[f"{kind}_auroc"] is not None]
+            first = run["seed"] == min(other["seed"] for other in runs)
+            axes.plot(
+                [row["epoch"] for row in rows],
+                [row[f"{kind}_auroc"] for row in rows],
+                color=f"C{configs.index(run['config'])}",
+                linewidth=1,
+                label=run["config"] if first else None,
+            )
+        axes.set(title=f"{category}: {kind} AUROC on the test set", xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_whole(path, lambda name: figure.savefig(name, dpi=100))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,156 @@
+"""The learning rate, the moving average of the weights, and pictures held out."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from datasets.mvtec import hold_out
+from deploy.cli import UserError
+from models.fastflow import FastFlow
+from utils.averaging import WeightAverage
+from utils.config import load_config
+from utils.training import learning_rate
+
+STABLE = "configs/resnet18_stable.yaml"
+
+
+def test_the_published_learning_rate_is_constant(config):
+    assert {learning_rate(config, done) for done in (0.0, 0.01, 0.5, 0.999)} == {config.lr}
+
+
+def test_the_cosine_rises_first_and_ends_near_zero():
+    config = load_config(STABLE)
+    rates = [learning_rate(config, done) / config.lr for done in (0.0, 0.0125, 0.025, 0.5, 1.0)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0], atol=2e-3)
+    falling = [learning_rate(config, done) for done in np.linspace(0.025, 1, 50)]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.fixture
+def model(config):
+    return FastFlow(dataclasses.replace(config, input_size=64, flow_step=1))
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+
+
+def shift(model, value):
+    for parameter in trained(model).values():
+        parameter.set_value(parameter + value)
+
+
+def test_the_average_is_the_formula(model):
+    start = {name: p.numpy() for name, p in trained(model).items()}
+    average = WeightAverage(model, 0.5)
+    factor = 0.0  # the average is start + factor, as every parameter is start + t
+    for t in range(1, 30):
+        shift(model, 1.0)
+        average.update()
+        d = min(0.5, (1 + t) / (10 + t))
+        factor = d * factor + (1 - d) * t
+    with average.applied():
+        for name, parameter in trained(model).items():
+            np.testing.assert_allclose(parameter.numpy(), start[name] + factor, rtol=1e-4)
+    for name, parameter in trained(model).items():
+        np.testing.assert_allclose(parameter.numpy(), start[name] + 29, rtol=1e-5)
+
+
+def test_without_decay_there_is_no_average(model):
+    average = WeightAverage(model, 0)
+    shift(model, 1.0)
+    average.update()
+    now = {name: p.numpy() for name, p in trained(model).items()}
+    with average.applied():
+        for name, parameter in trained(model).items():
+            np.testing.assert_array_equal(parameter.numpy(), now[name])
+
+
+def test_the_backbone_and_statistics_are_not_averaged(model):
+    average = WeightAverage(model, 0.9)
+    for value in model.state_dict().values():
+        value.set_value(value + 1)
+    kept = {n: v.numpy() for n, v in model.state_dict().items() if n not in trained(model)}
+    average.update()
+    with average.applied():
+        for name, value in kept.items():
+            np.testing.assert_array_equal(model.state_dict()[name].numpy(), value)
+
+
+def test_a_resumed_average_goes_on_like_an_uninterrupted_one(config, model):
+    average = WeightAverage(model, 0.9)
+    shift(model, 1.0)
+    average.update()
+    other = FastFlow(dataclasses.replace(config, input_size=64, flow_step=1, seed=1))
+    resumed = WeightAverage(other, 0.9)
+    with average.applied():
+        other.set_state_dict(model.state_dict())
+        resumed.resume(average.state(), "a test")
+    for one, two in zip(trained(model).values(), trained(other).values(), strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+    for each, its in ((model, average), (other, resumed)):
+        shift(each, 1.0)
+        its.update()
+    with average.applied(), resumed.applied():
+        for one, two in zip(trained(model).values(), trained(other).values(), strict=True):
+            np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+@pytest.mark.parametrize(
+    "state", [None, {}, {"steps": "x", "parameters": {}}, {"steps": 1, "parameters": {}}, {"steps": 1, "parameters": 3}]
+)
+def test_a_damaged_average_is_refused(model, state):
+    with pytest.raises(UserError, match=r"last\.pdparams: its moving average"):
+        WeightAverage(model, 0.9).resume(state, "last.pdparams")
+
+
+def test_held_out_pictures_are_never_learned_from():
+    pictures = [Path(f"{i:03}.png") for i in range(50)]
+    train, held_out = hold_out(pictures, 0.1, seed=0)
+    assert len(held_out) == 5
+    assert sorted(train + held_out) == pictures
+    assert train == sorted(train)
+    assert hold_out(pictures, 0.1, seed=0) == (train, held_out)
+    assert hold_out(pictures, 0.1, seed=1)[1] != held_out
+
+
+def test_nothing_is_held_out_as_published_and_one_at_least_otherwise():
+    pictures = [Path("a.png"), Path("b.png"), Path("c.png")]
+    assert hold_out(pictures, 0, seed=0) == (pictures, [])
+    assert len(hold_out(pictures, 0.01, seed=0)[1]) == 1
+    with pytest.raises(UserError, match="none to learn from"):
+        hold_out(pictures[:1], 0.1, seed=0)
+
+
+def test_the_stable_config_changes_training_only(config):
+    changed = {
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(load_config(STABLE), field.name)
+    }
+    assert changed == {"epochs", "lr_schedule", "ema_decay", "holdout", "selection"}
+
+
+def test_val_likelihood_needs_pictures_held_out():
+    with pytest.raises(UserError, match="set holdout"):
+        load_config(STABLE, ["selection=val_likelihood", "holdout=0"])
+
+
+def test_an_average_follows_a_real_step(model):
+    average = WeightAverage(model, 0.9)
+    before = {name: p.numpy() for name, p in trained(model).items()}
+    model.train()
+    features = model.feature_extractor(paddle.ones([2, 3, 64, 64]))
+    sum(z.square().mean() for z, _ in model.latents(features)).backward()
+    paddle.optimizer.Adam(0.01, parameters=list(trained(model).values())).step()
+    average.update()
+    with average.applied():
+        moved = {name: np.abs(p.numpy() - before[name]).max() for name, p in trained(model).items()}
+    after = {name: np.abs(p.numpy() - before[name]).max() for name, p in trained(model).items()}
+    some = [name for name in after if after[name] > 0]
+    assert some
+    for name in some:
+        assert 0 < moved[name] <= after[name]
