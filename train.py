@@ -12,10 +12,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deploy.cli import UserError, positive_int, run_main
 from deploy.files import make_folder, write_text
-from utils.history import EpochRow, best_row, draw_curves, selection_value, waited_for, write_csv
+from utils.history import EpochRow, best_row, draw_curves, epoch_line, selection_value, waited_for, write_csv
 from utils.log import make_logger
 from utils.options import add_cache, add_category, add_data, common_parser, start
-from utils.results import describe_backbone, experiment_folder, figure
+from utils.results import describe_backbone, experiment_folder
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The measured tables of README.md and README_en.md, made of results.json and accuracy.json: python -m benchmarks.tables
+"""The measured tables of both READMEs, made of results.json and accuracy.json: python -m benchmarks.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; the command writes it anew.
 """

@@ -15,6 +15,8 @@ import paddle
 import pytest
 import yaml
 
+from utils.checkpoint import load_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 # A model small enough for seconds; `pretrained: offline` so that nothing waits for a network.
 TINY = ["-o", "input_size=64", "-o", "flow_step=1", "-o", "pretrained=offline"]

@@ -60,7 +60,8 @@ def test_last_chooses_the_last_epoch_and_never_waits():
 def test_the_log_line_says_what_was_measured():
     history = history_under("val_likelihood", (0.9, 0.5), (None, -0.25))
     assert epoch_line(history[:1]) == (
-        "Epoch 1 - loss = 1.000 - held-out loss = 0.500 - pixel auroc: 0.900 - image auroc: 0.900 - best epoch: 1 - 0.1 sec"
+        "Epoch 1 - loss = 1.000 - held-out loss = 0.500 - pixel auroc: 0.900 - image auroc: 0.900 - best epoch: 1 - "
+        "0.1 sec"
     )
     assert epoch_line(history) == "Epoch 2 - loss = 1.000 - held-out loss = -0.250 - best epoch: 2 - 0.1 sec"
 
