@@ -1,0 +1,49 @@
+"""The measured tables in both READMEs are those that `python -m benchmarks.tables` makes."""
+
+import pytest
+
+from benchmarks.inputs import ROOT
+from benchmarks.tables import BLOCK, READMES, accuracy, speed, with_tables
+from deploy.cli import UserError
+
+
+@pytest.mark.parametrize(("name", "language"), READMES.items())
+def test_the_tables_are_those_of_the_results(name, language):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert {match[1] for match in BLOCK.finditer(text)} == {"speed", "accuracy"}
+    assert with_tables(text, language) == text
+
+
+def test_an_unknown_table_is_named():
+    with pytest.raises(UserError, match="unknown table height"):
+        with_tables("<!-- table: height -->\n<!-- end of table -->", "en")
+
+
+def test_the_table_of_accuracy_tells_last_highest_and_lowest():
+    history = [
+        {"epoch": epoch, "image_auroc": image, "pixel_auroc": 0.5}
+        for epoch, image in enumerate((0.25, 1.0, None, 0.5, 0.75), start=1)
+    ]
+    evaluation = {"epoch": 5, "image_auroc": 0.75, "pixel_auroc": 0.5, "backbone": {"file": "/some/where/x.npz"}}
+    runs = [{"config": "resnet18", "seed": 3, "history": history, "chosen": evaluation, "last": evaluation}]
+    results = {"runs": runs, "category": "bottle", "epochs": 5, "date": "today", "machine": {"cpu": "a CPU"}}
+    row = accuracy(results, "en")[2]
+    expected = (
+        "| `resnet18.yaml` | 3 | 0.7500 / 0.5000 | 1.0000 / 0.5000 | 0.5000 / 0.5000 | epoch 5: 0.7500 / 0.5000 |"
+    )
+    assert row == expected
+    assert accuracy(results, "en")[-1].endswith("backbone weights x.npz.")
+
+
+def test_a_figure_that_a_contender_does_not_have_is_a_dash():
+    keys = ["step/cached/8", "step/backbone/8", "step/cached/32", "step/backbone/32", "epoch", "later epoch"]
+    keys += ["evaluation/83", "latency", "throughput/8", "memory/train.py", "start/infer", "start/paddle"]
+    figures = {key: {"unit": "bytes" if "memory" in key else "s", "results": {"ours": {"median": 2.0}}} for key in keys}
+    results = {
+        "figures": figures,
+        "machine": {"cpu": "a CPU"},
+        "versions": {"paddlepaddle": "3"},
+        "threads": 2,
+        "date": "",
+    }
+    assert speed(results, "en")[2] == "| training step, batch 8, features cached | 2 s | – | – | – | – |"
