@@ -89,8 +89,8 @@ def main() -> None:
 
     def evaluate() -> tuple[float | None, float | None, float | None]:
         """Image and pixel AUROC on the test pictures and the loss on the held-out ones, of those there are."""
-        aurocs = measure(score_images(model, test_features), truth) if category.test else (None, None)
-        return *aurocs, mean_loss(model, held_out_features) if held_out else None
+        val_loss = mean_loss(model, held_out_features) if held_out else None
+        return *measure(score_images(model, test_features), truth), val_loss
 
     # ---- training
     logger = make_logger(folder / "train.log", silent=not distributed.is_first())

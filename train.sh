@@ -13,7 +13,7 @@ for folder in "$data"/*/; do
     name=$(basename "$folder")
     case " $categories " in
         *" $name "*) ;;
-        *) [ -d "$folder/test" ] && own="$own
+        *) { [ -d "$folder/test" ] || [ -d "$folder/train/good" ]; } && own="$own
 $name" ;;
     esac
 done

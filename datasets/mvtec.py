@@ -4,6 +4,8 @@
 {data}/{category}/test/good/*                  good pictures to test on
 {data}/{category}/test/{defect}/*              pictures with a defect
 {data}/{category}/ground_truth/{defect}/*      their masks, `{picture name}_mask.png`; may be missing as a whole
+
+The whole test folder may be missing too: nothing can be measured then.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +50,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Category:
-    """The pictures of one category, sorted by folder and name."""
+    """The pictures of one category, sorted by folder and name; `test` is empty if there is no test folder."""
 
     name: str
     train: list[Path]
@@ -60,7 +62,7 @@ class GroundTruth:
     """What the test pictures are.
 
     labels: (N,) bool, whether the picture has a defect.
-    masks: (N, H, W) bool, which pixels belong to it; None if some defect picture has no mask.
+    masks: (N, H, W) bool, which pixels belong to it; None if some defect picture has no mask, or without pictures.
     """
 
     labels: np.ndarray
@@ -75,7 +77,8 @@ def list_categories(data: Path) -> list[str]:
     """
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    found = sorted(folder.name for folder in data.iterdir() if (folder / "test").is_dir())
+    parts = ("test", "train/good")
+    found = sorted(folder.name for folder in data.iterdir() if any((folder / part).is_dir() for part in parts))
     if not found:
         raise UserError(f"--data {data}: no category in it (a folder with train/good and test, see README.md)")
     return [name for name in MVTEC_CATEGORIES if name in found] + [n for n in found if n not in MVTEC_CATEGORIES]
@@ -92,6 +95,8 @@ def load_category(data: Path, name: str) -> Category:
         known = f"; there are: {', '.join(list_categories(data))}" if data.is_dir() else ""
         raise UserError(f"category {name}: no such folder under --data {data}{known}")
     train = list_images(_existing(folder / "train" / "good"))
+    if not (folder / "test").exists():
+        return Category(name, train, [])
     test: list[LabelledImage] = []
     for defect_folder in sorted(
         path for path in _existing(folder / "test").iterdir() if path.is_dir() and not path.name.startswith(".")
@@ -140,8 +145,8 @@ def load_ground_truth(test: Sequence[LabelledImage], input_size: int, rule: str)
     Raises:
         UserError: a mask cannot be read.
     """
-    from_folder = np.array([image.defect is not None for image in test])
-    if any(image.defect and image.mask is None for image in test):
+    from_folder = np.array([image.defect is not None for image in test], dtype=bool)
+    if not test or any(image.defect and image.mask is None for image in test):
         return GroundTruth(from_folder, None)
     lowest = 255 if rule == "published" else 128
     masks = np.zeros((len(test), input_size, input_size), dtype=bool)

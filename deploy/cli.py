@@ -18,13 +18,11 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_pictures(parser: argparse.ArgumentParser, threshold: float | None) -> None:
-    """Add --image_path and both thresholds; None stands for the thresholds that the exported model carries."""
-    shown = "the exported model's" if threshold is None else threshold
+def add_pictures(parser: argparse.ArgumentParser, thresholds: str) -> None:
+    """Add --image_path and both thresholds; `thresholds` tells which ones hold where the options are left out."""
     parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
     for name, what in (("image", "a picture is an anomaly above it"), ("pixel", "a pixel is in the mask above it")):
-        text = f"{what} ({shown})"
-        parser.add_argument(f"--{name}_threshold", type=non_negative_float, default=threshold, help=text)
+        parser.add_argument(f"--{name}_threshold", type=non_negative_float, help=f"{what} ({thresholds})")
 
 
 def boolean(text: str) -> bool:
@@ -50,6 +48,17 @@ def non_negative_float(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number from 0, not {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """Type of options that take a number between 0 and 1, neither of them included."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text!r}")
     return value
 
 

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.cli import UserError, run_main
 from deploy.files import make_folder
-from deploy.imaging import MEAN, PUBLISHED_THRESHOLD, STD
+from deploy.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
 from utils.results import experiment_folder
+from utils.thresholds import PUBLISHED, load_thresholds
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +44,7 @@ def main() -> None:
 
     checkpoint_path = experiment_folder(args.exp_dir) / args.category / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path)
+    thresholds = load_thresholds(checkpoint_path) or PUBLISHED
     target = make_folder(Path(args.save_inference_dir))
     size = config.input_size
     spec = paddle.static.InputSpec([None, 3, size, size], "float32", name="images")
@@ -53,8 +55,9 @@ def main() -> None:
         "mean": list(MEAN),
         "std": list(STD),
         "smoothing_sigma": SMOOTHING_SIGMA,
-        "image_threshold": PUBLISHED_THRESHOLD,
-        "pixel_threshold": PUBLISHED_THRESHOLD,
+        "image_threshold": thresholds.image,
+        "pixel_threshold": thresholds.pixel,
+        "threshold_rule": thresholds.rule,
         "checkpoint": str(checkpoint_path),
         "epoch": int(checkpoint["epoch"]),
         "backbone": checkpoint.get("backbone"),

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")
-    add_pictures(parser, None)  # the thresholds are the exported model's
+    add_pictures(parser, "the exported model's")
     parser.add_argument("--output_dir", help="write a picture with heat map and mask per input here")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
     return parser.parse_args()

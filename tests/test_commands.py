@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+import skimage.measure
+import sklearn.metrics
 import yaml
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # A model small enough for seconds; `pretrained: offline` so that nothing waits for a network.
@@ -57,6 +59,24 @@ class Workplace:
         common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", "-cat", "bottle", *TINY)
         return self.succeed("train.py", *common, "--exp_dir", exp_dir, *options)
 
+    def evaluate(self, exp_dir: str, *options: object) -> subprocess.CompletedProcess:
+        common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", "-cat", "bottle", *TINY)
+        return self.succeed("eval.py", *common, "--exp_dir", exp_dir, *options)
+
+    def result(self, exp_dir: str, category: str = "bottle") -> dict:
+        return json.loads((self.folder / "results" / exp_dir / "eval.json").read_text())["categories"][category]
+
+    def thresholds(self, exp_dir: str, category: str = "bottle") -> dict:
+        path = self.folder / "results" / exp_dir / category / "thresholds.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def copy_checkpoint(self, exp_dir: str, **changes: object) -> Path:
+        """The best checkpoint of `exp` in another experiment, with entries of its own."""
+        content = load_checkpoint(self.folder / "results/exp/bottle/best.pdparams")
+        path = self.folder / "results" / exp_dir / "bottle/best.pdparams"
+        save_checkpoint(path, {**content, **changes})
+        return path
+
     def history(self, exp_dir: str) -> list[dict[str, str]]:
         with open(self.folder / "results" / exp_dir / "bottle" / "history.csv", newline="") as file:
             return list(csv.DictReader(file))
@@ -64,9 +84,10 @@ class Workplace:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A workplace with one training of three epochs, exported."""
+    """A workplace with one training of three epochs, evaluated and exported."""
     workplace = Workplace(tmp_path_factory.mktemp("workplace"))
     workplace.training = workplace.train("exp", "--epochs", 3, "--batch_size", 16)
+    workplace.evaluate("exp")
     workplace.succeed(
         "deploy/export_model.py", "-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir=exp", "--category=bottle"
     )
@@ -202,6 +223,165 @@ def test_a_category_that_fails_does_not_stop_the_others(workplace, tmp_path):
     assert "bottle" in done.stdout
 
 
+def literal_aupro(scores, masks, limit=0.3):
+    """MVTec's own way: every pixel is a step of both rates, in order of its score; ties make one step."""
+    overlap = np.zeros(scores.shape)
+    regions = 0
+    for share, mask in zip(overlap, masks, strict=True):
+        for region in skimage.measure.regionprops(skimage.measure.label(mask, connectivity=2)):
+            share[tuple(region.coords.T)] = 1 / region.area
+            regions += 1
+    order = scores.ravel().argsort()[::-1]
+    ascending = np.append(scores.ravel()[order], -1)
+    last = np.flatnonzero(np.diff(ascending))  # of each group of equal scores
+    rates = [
+        np.append(0, (step.ravel()[order].cumsum() / total)[last])
+        for step, total in ((~masks, (~masks).sum()), (overlap, regions))
+    ]
+    inside = rates[0] < limit
+    x, y = np.append(rates[0][inside], limit), np.append(rates[1][inside], np.interp(limit, *rates))
+    return np.trapezoid(y, x) / limit
+
+
+def best_f1(labels, scores):
+    """F1 and the lowest accepted score, from scikit-learn's curve."""
+    precision, recall, thresholds = sklearn.metrics.precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return f1.max(), thresholds[f1[:-1] > f1.max() - 1e-12].min()
+
+
+def test_all_figures_are_recomputed_from_saved_maps_without_our_code(workplace):
+    workplace.evaluate("exp", "--save_maps")
+    figures = workplace.result("exp")
+    with np.load(workplace.folder / "results/exp/bottle/maps.npz") as maps:
+        arrays = dict(maps)
+    maps, masks = arrays["smoothed"], arrays["masks"]
+    assert maps.shape == masks.shape == (26, 64, 64)
+    assert maps.dtype == arrays["image_scores"].dtype == np.float32
+    assert arrays["paths"].tolist() == sorted(arrays["paths"].tolist())
+    assert all((workplace.folder / path).is_file() for path in arrays["paths"])
+    pairs = {"image": (arrays["labels"], arrays["image_scores"]), "pixel": (masks.ravel(), maps.ravel())}
+    expected = {"aupro": literal_aupro(maps, masks)}
+    for kind, (labels, scores) in pairs.items():
+        expected[f"{kind}_auroc"] = sklearn.metrics.roc_auc_score(labels, scores)
+        expected[f"{kind}_ap"] = sklearn.metrics.average_precision_score(labels, scores)
+        expected[f"{kind}_f1_max"], expected[f"{kind}_f1_threshold"] = best_f1(labels, scores)
+    for key, value in expected.items():
+        assert figures[key] == pytest.approx(value, abs=1e-6), key
+    assert 0 < figures["aupro"] < 1
+
+
+def test_eval_prints_all_figures_on_demand(workplace):
+    lines = workplace.evaluate("exp", "--all_metrics").stdout.splitlines()
+    title, bottle = (line for line in lines if line.startswith(("category ", "bottle ")))
+    keys = ["pixel_auroc", "image_auroc", "image_ap", "pixel_ap", "image_f1_max", "pixel_f1_max", "aupro"]
+    assert re.split(" {2,}", title) == ["category", *(key.replace("_", " ").replace("f1 ", "f1-") for key in keys)]
+    assert bottle.split() == ["bottle", *(f"{workplace.result('exp')[key]:.3f}" for key in keys)]
+    assert "selection: test_auroc (best checkpoint chosen on the test set)" in lines
+
+
+def test_eval_leaves_tables_and_pictures(workplace):
+    workplace.evaluate("exp")
+    folder = workplace.folder / "results/exp"
+    figures = workplace.result("exp")
+    with open(folder / "eval.csv", newline="") as file:
+        first, mean, *_ = csv.DictReader(file)
+    for key in ("image_auroc", "pixel_ap", "aupro"):
+        assert float(first[key]) == float(mean[key]) == figures[key]
+    text = (folder / "eval.md").read_text()
+    assert f"| bottle | {100 * figures['pixel_auroc']:.2f} | {100 * figures['image_auroc']:.2f} |" in text
+    assert "98.0" in text
+    assert "over 1 category" in text
+    pictures = {path.name for path in (folder / "bottle/evaluation").iterdir()}
+    assert pictures == {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
+
+
+def test_eval_stores_thresholds_that_give_the_f1s_of_the_table(workplace):
+    done = workplace.evaluate("exp")
+    stored, figures = workplace.thresholds("exp"), workplace.result("exp")
+    assert stored["rule"] == "f1"
+    for kind in ("image", "pixel"):
+        assert stored[f"{kind}_threshold"] == figures[f"{kind}_f1_threshold"]
+        assert stored["figures"][f"{kind}_f1"] == pytest.approx(figures[f"{kind}_f1_max"], abs=1e-12)
+    assert (stored["figures"]["good_test_pictures"], stored["figures"]["defect_test_pictures"]) == (8, 18)
+    assert stored["data"] == {"folder": "lite_data/bottle/test", "pictures": 26, "defects": 18}
+    assert (stored["checkpoint"], stored["epoch"]) == ("best.pdparams", figures["epoch"])
+    assert "results/exp/bottle/thresholds.yaml" in done.stdout
+
+
+def test_the_last_checkpoint_has_no_thresholds(workplace):
+    path = workplace.folder / "results/exp/bottle/thresholds.yaml"
+    before = path.read_bytes()
+    done = workplace.evaluate("exp", "--is_last")
+    assert path.read_bytes() == before
+    assert "best.pdparams only" in done.stdout
+    assert workplace.result("exp")["selection"] == "last"
+
+
+def test_thresholds_from_good_pictures_that_training_did_not_use(workplace):
+    held_out = [f"{i:03d}.png" for i in range(24)]
+    workplace.copy_checkpoint("quantile", held_out=held_out)
+    done = workplace.evaluate("quantile", "--threshold_rule", "quantile", "--false_alarm_rate", "0.2")
+    stored = workplace.thresholds("quantile")
+    assert (stored["rule"], stored["false_alarm_rate"]) == ("quantile", 0.2)
+    assert stored["data"] == {"folder": "lite_data/bottle/train/good", "pictures": 24, "defects": 0}
+    lines = workplace.succeed(
+        "predict.py",
+        "-cfg",
+        "configs/resnet18.yaml",
+        *TINY,
+        "-cat",
+        "bottle",
+        "--exp_dir",
+        "quantile",
+        "--image_path",
+        "lite_data/bottle/train/good",
+    ).stdout.splitlines()
+    assert lines[0].startswith(f"thresholds: image {stored['image_threshold']:.3f} (quantile), pixel ")
+    assert lines[0].endswith("; results/quantile/bottle/thresholds.yaml")
+    # the 20th of 24, k = ceil(25 * 0.8); a picture's score may differ in the last digits from that in its batch
+    assert sum("Anomaly" in line for line in lines) in (4, 5)
+    assert not done.stderr
+    done = workplace.evaluate("quantile", "--threshold_rule", "quantile", "--false_alarm_rate", "0.01")
+    assert "24 held-out pictures cannot promise a false-alarm rate of 0.01" in done.stderr
+    assert workplace.thresholds("quantile")["false_alarm_rate"] == 1 / 25
+
+
+def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path):
+    workplace.copy_checkpoint("untested", held_out=["003.png", "017.png"])
+    (tmp_path / "bottle/train").mkdir(parents=True)
+    (tmp_path / "bottle/train/good").symlink_to(ROOT / "lite_data/bottle/train/good")
+    options = ("--data", tmp_path, "--threshold_rule", "quantile", "--false_alarm_rate", "0.5", "--save_maps")
+    done = workplace.evaluate("untested", *options)
+    assert re.search(r"bottle +n/a +n/a\n", done.stdout)
+    assert workplace.thresholds("untested")["figures"]["image_f1"] is None
+    assert workplace.result("untested")["images"] == 0
+    assert not done.stderr
+    done = workplace.evaluate("untested", "--data", tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert "--threshold_rule quantile" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, [], ["results/bad/bottle/best.pdparams", "resnet18_stable.yaml"]),
+        ({"held_out": ["000.png", "nowhere.png"]}, [], ["nowhere.png"]),
+        ({}, ["--false_alarm_rate", "1"], ["--false_alarm_rate", "between 0 and 1"]),
+        ({}, ["--false_alarm_rate", "nan"], ["--false_alarm_rate", "between 0 and 1"]),
+        ({}, ["--false_alarm_rate", "0.1", "--threshold_rule", "f1"], ["--false_alarm_rate", "quantile"]),
+        ({}, ["--threshold_rule", "median"], ["--threshold_rule"]),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_line_and_nothing_is_written(workplace, changes, options, words):
+    path = workplace.copy_checkpoint("bad", **changes)
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "bad")
+    line = workplace.fail("eval.py", *common, "--threshold_rule", "quantile", *options)
+    assert all(word in line for word in words)
+    assert list(path.parent.iterdir()) == [path]
+    assert list(path.parent.parent.iterdir()) == [path.parent]
+
+
 def test_eval_keeps_the_categories_that_it_did_not_evaluate(workplace):
     path = workplace.folder / "results/exp/eval.json"
     other = {"pixel_auroc": 0.25, "image_auroc": None}
@@ -232,7 +412,7 @@ def predict(workplace, *options):
 
 def test_predict_and_infer_print_the_same_score(workplace):
     for name in ("bottle_good", "bottle_bad"):
-        first, second = predict(workplace, "--image_path", f"images/{name}.png").splitlines()
+        _, first, second = predict(workplace, "--image_path", f"images/{name}.png").splitlines()
         assert re.fullmatch(r"(Normal|Anomaly) - score:  \d\.\d{3}", first)
         assert second == "可视化图在results/exp/bottle下"
         options = ("-cfg", "configs/resnet18.yaml", "--save_inference_dir", "./results/inference")
@@ -244,14 +424,74 @@ def test_predict_and_infer_print_the_same_score(workplace):
 
 
 def test_the_threshold_decides(workplace):
-    assert predict(workplace, "--image_path", "images/bottle_bad.png", "--image_threshold", "0").startswith("Anomaly")
-    assert predict(workplace, "--image_path", "images/bottle_bad.png", "--image_threshold", "1").startswith("Normal")
+    picture = ("--image_path", "images/bottle_bad.png", "--pixel_threshold", "0.5")
+    assert predict(workplace, *picture, "--image_threshold", "0").startswith("Anomaly")
+    assert predict(workplace, *picture, "--image_threshold", "1").startswith("Normal")
+
+
+def test_predict_says_which_thresholds_it_uses(workplace):
+    stored = workplace.thresholds("exp")
+    image, pixel = (f"{kind} {stored[f'{kind}_threshold']:.3f} (f1)" for kind in ("image", "pixel"))
+    file = "results/exp/bottle/thresholds.yaml"
+    picture = ("--image_path", "images/bottle_bad.png")
+    assert predict(workplace, *picture).splitlines()[0] == f"thresholds: {image}, {pixel}; {file}"
+    lines = predict(workplace, *picture, "--pixel_threshold", "0.25").splitlines()
+    assert lines[0] == f"thresholds: {image}, pixel 0.250 (--pixel_threshold); {file}"
+    assert len(lines) == 3
+
+
+def test_predict_decides_as_the_evaluation_did(workplace):
+    figures = workplace.thresholds("exp")["figures"]
+    lines = predict(workplace, "--image_path", "lite_data/bottle/test/*/*.png").splitlines()
+    good = [line for line in lines if line.startswith("lite_data/bottle/test/good/")]
+    assert sum("Anomaly" in line for line in good) == figures["false_alarms"]
+    assert sum("Normal" in line for line in set(lines) - set(good)) == figures["missed_defects"]
+
+
+def test_without_thresholds_of_the_checkpoint_the_published_ones_hold(workplace):
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "-cat", "bottle", "--exp_dir", "fresh")
+    picture = ("--image_path", "images/bottle_bad.png")
+    export = ("--save_inference_dir", "results/fresh/inference")
+    path = workplace.copy_checkpoint("fresh")
+    done = workplace.succeed("predict.py", *common, *picture)
+    assert len(done.stdout.splitlines()) == 2
+    assert not done.stderr
+    shutil.copy(workplace.folder / "results/exp/bottle/thresholds.yaml", path.parent)
+    workplace.copy_checkpoint("fresh", epoch=99)
+    done = workplace.succeed("predict.py", *common, *picture)
+    assert len(done.stdout.splitlines()) == 2
+    assert "another checkpoint" in done.stderr
+    workplace.succeed("deploy/export_model.py", *common, *export)
+    description = yaml.safe_load((workplace.folder / "results/fresh/inference/inference.yml").read_text())
+    assert description["threshold_rule"] == "published"
+    assert description["image_threshold"] == description["pixel_threshold"] == 0.8
+    (path.parent / "thresholds.yaml").write_text("rule: f1")
+    for script, more in (("predict.py", picture), ("deploy/export_model.py", export)):
+        assert "thresholds.yaml: damaged" in workplace.fail(script, *common, *more)
+    options = ("--image_threshold", "0.5", "--pixel_threshold", "0.5")  # nothing is wanted of the file then
+    assert len(workplace.succeed("predict.py", *common, *picture, *options).stdout.splitlines()) == 2
+
+
+def test_the_exported_model_carries_the_thresholds(workplace, tmp_path):
+    stored = workplace.thresholds("exp")
+    folder = workplace.folder / "results/inference"
+    description = yaml.safe_load((folder / "inference.yml").read_text())
+    assert description["threshold_rule"] == "f1"
+    for key in ("image_threshold", "pixel_threshold"):
+        assert description[key] == stored[key]
+    older = shutil.copytree(folder, tmp_path / "older")  # an export from before there was a rule
+    del description["threshold_rule"]
+    (older / "inference.yml").write_text(yaml.safe_dump(description))
+    for model in (folder, older):
+        options = ("--save_inference_dir", model, "--image_path", "lite_data/bottle/test/*/*.png")
+        lines = workplace.succeed("deploy/infer.py", *options).stdout.splitlines()
+        assert lines == predict(workplace, "--image_path", "lite_data/bottle/test/*/*.png").splitlines()[1:-1]
 
 
 def test_predict_a_folder_and_a_pattern(workplace):
     lines = predict(workplace, "--image_path", "lite_data/bottle/test/good").splitlines()
-    assert len(lines) == 9
-    assert lines[0].startswith("lite_data/bottle/test/good/000.png  ")
+    assert len(lines) == 10
+    assert lines[1].startswith("lite_data/bottle/test/good/000.png  ")
     assert lines[-1] == "可视化图在results/exp/bottle/predictions下"
     assert (workplace.folder / "results/exp/bottle/predictions/007.png.jpg").exists()
     predict(workplace, "--image_path", "lite_data/bottle/test/*/000.png")
@@ -327,8 +567,11 @@ def test_own_category_without_masks(empty, tmp_path):
     empty.succeed("train.py", *options, "--epochs", "1")
     done = empty.succeed("eval.py", *options)
     assert re.search(r"my part +n/a +\d\.\d{3}", done.stdout)
-    result = json.loads((empty.folder / "results/exp/eval.json").read_text())["categories"]["my part"]
-    assert result["pixel_auroc"] is None
+    result = empty.result("exp", "my part")
+    assert result["pixel_auroc"] is result["pixel_f1_threshold"] is result["aupro"] is None
+    thresholds = empty.thresholds("exp", "my part")
+    assert thresholds["image_threshold"] == result["image_f1_threshold"]
+    assert (thresholds["pixel_threshold"], thresholds["pixel_rule"]) == (0.8, "published")
 
 
 def test_train_sh(empty, tmp_path):

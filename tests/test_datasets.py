@@ -204,7 +204,7 @@ def test_an_empty_mask_folder_is_as_none(data):
     assert load_category(data, "my part 1").test[3].mask is None
 
 
-@pytest.mark.parametrize("folder", ["train", "train/good", "test"])
+@pytest.mark.parametrize("folder", ["train", "train/good"])
 def test_a_missing_folder_is_named(data, folder):
     (data / "my part 1" / folder).rename(data / "elsewhere")
     with pytest.raises(UserError, match=folder):
@@ -217,6 +217,18 @@ def test_an_empty_folder_is_named(data, folder):
         path.unlink()
     with pytest.raises(UserError, match=folder):
         load_category(data, "my part 1")
+
+
+def test_the_test_folder_may_be_missing(data):
+    (data / "my part 1" / "test").rename(data / "elsewhere")
+    category = load_category(data, "my part 1")
+    assert len(category.train) == 2
+    assert category.test == []
+    assert list_categories(data) == ["my part 1"]
+    truth = load_ground_truth([], 16, "half")
+    assert truth.labels.shape == (0,)
+    assert truth.labels.dtype == bool
+    assert truth.masks is None
 
 
 def test_a_test_folder_without_pictures_of_any_kind_is_named(data):

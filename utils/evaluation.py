@@ -9,14 +9,17 @@ from datasets.mvtec import GroundTruth
 from deploy.cli import UserError
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils.features import FeatureCache
-from utils.metrics import auroc
+from utils.metrics import aupro, auroc, average_precision, f1_max
 
 EVALUATION_BATCH = 8  # pictures a pass; the result does not depend on it
 
 
 @dataclass(frozen=True)
 class Scores:
-    """image: (N,) float32, maximum of each raw map; pixel: (N, H, W) float32, the smoothed maps."""
+    """image: (N,) float32, maximum of each raw map; pixel: (N, H, W) float32, the smoothed maps.
+
+    Without pictures N, H and W are 0.
+    """
 
     image: np.ndarray
     pixel: np.ndarray
@@ -29,6 +32,8 @@ def score_images(model: FastFlow, features: FeatureCache) -> Scores:
     Raises:
         UserError: scores are not finite, so the model is broken.
     """
+    if not len(features):
+        return Scores(np.zeros(0, np.float32), np.zeros((0, 0, 0), np.float32))
     model.eval()
     image, pixel = [], []
     for start in range(0, len(features), EVALUATION_BATCH):
@@ -60,3 +65,28 @@ def measure(scores: Scores, truth: GroundTruth) -> tuple[float | None, float | N
     """
     pixel = None if truth.masks is None else auroc(scores.pixel, truth.masks)
     return auroc(scores.image, truth.labels), pixel
+
+
+def measure_all(scores: Scores, truth: GroundTruth) -> dict[str, float | None]:
+    """Every figure of a test set, by its key in eval.json; see utils/metrics.py.
+
+    All but the thresholds are in [0, 1]; None where there is nothing to measure, as in `measure`.
+    """
+    image, pixel = measure(scores, truth)
+    image_f1, image_threshold = f1_max(scores.image, truth.labels) or (None, None)
+    pixel_ap = pixel_f1 = pixel_threshold = overlap = None
+    if truth.masks is not None:
+        pixel_ap = average_precision(scores.pixel, truth.masks)
+        pixel_f1, pixel_threshold = f1_max(scores.pixel, truth.masks) or (None, None)
+        overlap = aupro(scores.pixel, truth.masks)
+    return {
+        "pixel_auroc": pixel,
+        "image_auroc": image,
+        "image_ap": average_precision(scores.image, truth.labels),
+        "pixel_ap": pixel_ap,
+        "image_f1_max": image_f1,
+        "image_f1_threshold": image_threshold,
+        "pixel_f1_max": pixel_f1,
+        "pixel_f1_threshold": pixel_threshold,
+        "aupro": overlap,
+    }

@@ -1,4 +1,4 @@
-"""Folders of results, and figures as text. No paddle here: scripts need it before the runtime is set up."""
+"""Folders of results, names and figures as text. No paddle here: scripts need it before the runtime is set up."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,11 @@ from deploy.cli import UserError
 RESULTS = Path("results")
 UNSTATED = {"source": "not stated in the checkpoint", "file": None, "sha256": None}  # of published files
 OFFLINE = "offline start"  # source of a backbone without ImageNet weights
+SELECTIONS = {  # how the checkpoint was chosen among the epochs; the first is the published rule
+    "test_auroc": "best checkpoint chosen on the test set",
+    "last": "last checkpoint, no choice",
+    "val_likelihood": "best checkpoint chosen by the likelihood of held-out good pictures",
+}
 
 
 def experiment_folder(exp_dir: str) -> Path:
@@ -33,3 +38,8 @@ def describe_backbone(provenance: dict[str, Any]) -> str:
     if provenance["source"] == OFFLINE:
         return f"{OFFLINE}, no ImageNet weights: accuracy figures mean nothing"
     return f"{provenance['file']} ({provenance['source']}, sha256 {provenance['sha256'][:12]})"
+
+
+def describe_selection(selection: str | None) -> str:
+    """How the checkpoint was chosen, in a line; None stands for a result that does not say."""
+    return f"{selection} ({SELECTIONS[selection]})" if selection in SELECTIONS else selection or "not stated"

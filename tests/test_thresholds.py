@@ -1,0 +1,243 @@
+"""Thresholds: the rules, what they promise, and the file that binds them to a checkpoint."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from datasets.mvtec import Category, GroundTruth
+from deploy.cli import UserError
+from utils.evaluation import Scores, measure_all
+from utils.thresholds import (
+    PUBLISHED,
+    Thresholds,
+    calibrate_f1,
+    calibrate_quantile,
+    held_out_pictures,
+    load_thresholds,
+    outcome,
+    write_thresholds,
+)
+
+TRAIN = Path("data/part/train/good")
+
+
+def good_scores(image, pixel=None):
+    """Scores of good pictures whose maps of 2 x 3 have the given maxima."""
+    image = np.asarray(image, np.float32)
+    maxima = image if pixel is None else np.asarray(pixel, np.float32)
+    maps = np.zeros((len(image), 2, 3), np.float32)
+    maps[:, 1, 2] = maxima
+    return Scores(image, maps)
+
+
+# ---- quantile
+
+
+@pytest.mark.parametrize(
+    ("n", "rate", "rank"),
+    [
+        pytest.param(19, 0.05, 19, id="20 * 0.95: just the largest"),
+        pytest.param(20, 0.05, 20, id="21 * 0.95 = 19.95"),
+        pytest.param(39, 0.05, 38, id="40 * 0.95"),
+        pytest.param(99, 0.1, 90, id="100 * 0.9"),
+        pytest.param(29, 0.7, 9, id="30 * 0.3, which floats make more than 9"),
+        pytest.param(1, 0.5, 1, id="one picture"),
+    ],
+)
+def test_the_threshold_is_the_kth_smallest_score(n, rate, rank, capsys):
+    scores = np.random.default_rng(n).permutation(n) + 1
+    calibration = calibrate_quantile(TRAIN, good_scores(scores / 256), rate)
+    assert calibration.thresholds == Thresholds(rank / 256, rank / 256, "quantile", "quantile")
+    assert calibration.false_alarm_rate == rate
+    assert (calibration.pictures, calibration.defects, calibration.folder) == (n, 0, TRAIN)
+    assert not capsys.readouterr().err
+
+
+def test_too_few_pictures_give_the_largest_score_and_say_what_it_promises(capsys):
+    calibration = calibrate_quantile(TRAIN, good_scores([0.25, 0.75, 0.5]), 0.05)
+    assert calibration.thresholds.image == 0.75
+    assert calibration.false_alarm_rate == 0.25
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "3 held-out pictures cannot promise a false-alarm rate of 0.05" in line
+    assert "0.25" in line
+    assert str(TRAIN) in line
+
+
+def test_pixels_are_calibrated_on_the_largest_of_each_picture():
+    calibration = calibrate_quantile(TRAIN, good_scores([0.5, 0.5, 0.5], [0.25, 0.75, 0.5]), 0.5)
+    assert calibration.thresholds.pixel == 0.5
+
+
+def test_a_new_good_picture_raises_a_false_alarm_as_seldom_as_promised():
+    random = np.random.default_rng(0)
+    alarms = []
+    for _ in range(4000):
+        *held_out, new = random.exponential(size=25) / 50
+        alarms.append(new > calibrate_quantile(TRAIN, good_scores(held_out), 0.1).thresholds.image)
+    # It is the 24th of 25, so the probability is 2 / 26; the mean of 4000 draws deviates from it by 0.0042.
+    assert np.mean(alarms) == pytest.approx(2 / 26, abs=0.015)
+
+
+def test_held_out_pictures_are_found_by_name():
+    category = Category("part", [TRAIN / "a.png", TRAIN / "b.png", TRAIN / "c.png"], [])
+    found = held_out_pictures(category, {"held_out": ["c.png", "a.png"]}, Path("best.pdparams"))
+    assert found == [TRAIN / "c.png", TRAIN / "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [
+        ({}, ["best.pdparams", "resnet18_stable.yaml", "holdout=0.1"]),
+        ({"held_out": []}, ["best.pdparams", "resnet18_stable.yaml"]),
+        ({"held_out": ["a.png", "gone.png"]}, ["gone.png", "1 of 2", "--data"]),
+        ({"held_out": ["../../test/bad/a.png"]}, ["test/bad/a.png"]),
+        ({"held_out": "a.png"}, ["best.pdparams", "held_out"]),
+        ({"held_out": [3]}, ["best.pdparams", "held_out"]),
+    ],
+)
+def test_without_the_held_out_pictures_there_is_one_clear_line(checkpoint, words):
+    category = Category("part", [TRAIN / "a.png"], [])
+    with pytest.raises(UserError) as error:
+        held_out_pictures(category, checkpoint, Path("best.pdparams"))
+    assert all(word in str(error.value) for word in words)
+
+
+# ---- f1
+
+
+@pytest.fixture
+def measured():
+    """Three good and two defect pictures of 2 x 2 with masks, one of them hard."""
+    image = np.float32([0.2, 0.3, 0.6, 0.5, 0.9])
+    labels = np.array([False, False, False, True, True])
+    maps = np.zeros((5, 2, 2), np.float32)
+    masks = np.zeros((5, 2, 2), bool)
+    masks[3:, 0] = True
+    maps[3, 0] = 0.4
+    maps[4, 0] = 0.8
+    maps[2, 1, 1] = 0.6
+    return Scores(image, maps), GroundTruth(labels, masks)
+
+
+def test_f1_takes_the_best_thresholds_of_the_test_set(measured):
+    calibration = calibrate_f1(Path("test"), measure_all(*measured), measured[1])
+    just_below = [np.nextafter(np.float32(x), np.float32(0)) for x in (0.5, 0.4)]
+    assert calibration.thresholds == Thresholds(*map(float, just_below), "f1", "f1")
+    assert (calibration.pictures, calibration.defects, calibration.false_alarm_rate) == (5, 2, None)
+    assert outcome(calibration.thresholds, *measured) == {
+        "image_f1": 4 / 5,
+        "pixel_f1": 8 / 9,
+        "good_test_pictures": 3,
+        "false_alarms": 1,
+        "defect_test_pictures": 2,
+        "missed_defects": 0,
+    }
+
+
+def test_without_masks_the_pixel_threshold_stays_the_published_one(measured):
+    scores, truth = measured
+    truth = GroundTruth(truth.labels, None)
+    thresholds = calibrate_f1(Path("test"), measure_all(scores, truth), truth).thresholds
+    assert (thresholds.pixel, thresholds.rule, thresholds.pixel_rule) == (0.8, "f1", "published")
+    assert outcome(thresholds, scores, truth)["pixel_f1"] is None
+    assert thresholds.describe() == "image 0.500 (f1), pixel 0.800 (published)"
+
+
+@pytest.mark.parametrize("kept", [slice(0, 3), slice(3, 5), slice(0, 0)], ids=["no defects", "no good", "nothing"])
+def test_f1_needs_both_kinds_of_pictures(measured, kept, capsys):
+    scores, truth = Scores(measured[0].image[kept], measured[0].pixel[kept]), measured[1]
+    truth = GroundTruth(truth.labels[kept], truth.masks[kept])
+    assert calibrate_f1(Path("data/part/test"), measure_all(scores, truth), truth) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--threshold_rule quantile" in line
+    assert "data/part/test" in line
+
+
+def test_the_outcome_of_thresholds_that_miss(measured):
+    figures = outcome(Thresholds(0.55, 0.7, "quantile", "quantile"), *measured)
+    assert (figures["false_alarms"], figures["missed_defects"]) == (1, 1)
+    assert figures["image_f1"] == 1 / 2
+    assert figures["pixel_f1"] == 4 / 6
+
+
+# ---- thresholds.yaml
+
+
+@pytest.fixture
+def stored(tmp_path, measured):
+    """A checkpoint and its thresholds: the checkpoint's path and the calibration."""
+    checkpoint = tmp_path / "best.pdparams"
+    checkpoint.write_bytes(b"weights")
+    calibration = calibrate_f1(Path("数据/part/test"), measure_all(*measured), measured[1])
+    path = write_thresholds(checkpoint, 7, calibration, outcome(calibration.thresholds, *measured))
+    assert path == tmp_path / "thresholds.yaml"
+    return checkpoint, calibration
+
+
+def test_stored_thresholds_come_back_to_the_last_bit(stored):
+    checkpoint, calibration = stored
+    assert load_thresholds(checkpoint) == calibration.thresholds
+
+
+def test_the_file_says_where_they_come_from(stored):
+    checkpoint, calibration = stored
+    content = yaml.safe_load((checkpoint.parent / "thresholds.yaml").read_text(encoding="utf-8"))
+    assert content["rule"] == "f1"
+    assert content["image_threshold"] == calibration.thresholds.image
+    assert content["data"] == {"folder": "数据/part/test", "pictures": 5, "defects": 2}
+    assert content["figures"]["image_f1"] == 4 / 5
+    assert (content["checkpoint"], content["epoch"]) == ("best.pdparams", 7)
+    assert content["sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_no_file_no_thresholds(tmp_path, capsys):
+    assert load_thresholds(tmp_path / "best.pdparams") is None
+    assert not capsys.readouterr().err
+
+
+def test_thresholds_of_another_checkpoint_are_not_used(stored, capsys):
+    checkpoint, _ = stored
+    checkpoint.write_bytes(b"trained again")
+    assert load_thresholds(checkpoint) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another checkpoint" in line
+    assert "eval.py" in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_threshold": "0.5"},
+        {"image_threshold": float("nan")},
+        {"pixel_threshold": 80},
+        {"pixel_threshold": True},
+        {"pixel_threshold": None},
+        {"rule": "best"},
+        {"rule": ["f1"]},
+        {"pixel_rule": "none"},
+    ],
+)
+def test_wrong_values_are_refused(stored, change):
+    checkpoint, _ = stored
+    path = checkpoint.parent / "thresholds.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+    with pytest.raises(UserError, match=r"thresholds\.yaml: damaged"):
+        load_thresholds(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"f1", b"- 0.5", b"rule: f1", b"{", b"\xff\xfe", b"a: !!python/object/apply:os.system [exit 1]"],
+)
+def test_a_damaged_file_is_a_user_error(stored, content):
+    checkpoint, _ = stored
+    (checkpoint.parent / "thresholds.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"thresholds\.yaml: damaged"):
+        load_thresholds(checkpoint)
+
+
+def test_the_published_thresholds():
+    assert (PUBLISHED.image, PUBLISHED.pixel, PUBLISHED.rule) == (0.8, 0.8, "published")

@@ -1,0 +1,250 @@
+"""What eval.py prints and leaves behind: eval.json, eval.csv, eval.md, and pictures and maps of each category."""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasets.mvtec import GroundTruth
+from deploy.cli import warn
+from deploy.files import write_text, write_whole
+from deploy.imaging import draw_result, read_rgb, write_picture
+from utils.metrics import roc_curve
+from utils.results import describe_backbone, describe_selection, figure
+from utils.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import, and needed for the pictures only
+
+    from utils.evaluation import Scores  # imports paddle, which scripts must set up before
+
+Row = Mapping[str, Any]  # one category's entry in eval.json
+
+# The figures that are averaged over categories, in the order of the tables; the published two first.
+TITLES = {
+    "pixel_auroc": "pixel auroc",
+    "image_auroc": "image auroc",
+    "image_ap": "image ap",
+    "pixel_ap": "pixel ap",
+    "image_f1_max": "image f1-max",
+    "pixel_f1_max": "pixel f1-max",
+    "aupro": "aupro",
+}
+PUBLISHED = {  # means over MVTec AD's 15 categories
+    "published reproduction": {"pixel_auroc": 0.972, "image_auroc": 0.980},
+    "paper": {"pixel_auroc": 0.972, "image_auroc": 0.979},
+}
+
+
+# ---- figures
+
+
+def means(rows: Mapping[str, Row]) -> dict[str, float | None]:
+    """Each figure averaged over the categories where it could be measured."""
+    mean = {}
+    for key in TITLES:
+        measured = [row[key] for row in rows.values() if row.get(key) is not None]
+        mean[key] = sum(measured) / len(measured) if measured else None
+    return mean
+
+
+def print_table(rows: Mapping[str, Row], all_metrics: bool) -> None:
+    """The published table, pixel and image AUROC per category, then the mean; with `all_metrics` all figures."""
+    titles = TITLES if all_metrics else {key: TITLES[key] for key in ("pixel_auroc", "image_auroc")}
+    width = max(len(name) for name in [*rows, "category"])
+    print("  ".join([f"{'category':<{width}}", *titles.values()]))
+    for name, row in [*rows.items(), ("mean", means(rows))]:
+        cells = [f"{figure(row.get(key)):>{len(title)}}" for key, title in titles.items()]
+        print("  ".join([f"{name:<{width}}", *cells]))
+    for line in provenance(rows):
+        print(line)
+
+
+def provenance(rows: Mapping[str, Row]) -> list[str]:
+    """The foot of a table: what its figures were measured with and on; a line for each difference."""
+    known = {name: row for name, row in rows.items() if {"checkpoint", "backbone"} <= row.keys()}
+    pictures = [sum(row.get(key) or 0 for row in known.values()) for key in ("images", "anomalous_images")]
+    epochs = ", ".join(f"{name} {row.get('epoch')}" for name, row in known.items())
+    return [
+        *_alike("backbone weights", known, lambda row: describe_backbone(row["backbone"])),
+        *_alike("selection", known, lambda row: describe_selection(row.get("selection"))),
+        *_alike("checkpoint", known, lambda row: Path(row["checkpoint"]).name),
+        f"epoch: {epochs}",
+        f"test pictures: {pictures[0]}, {pictures[1]} of them with a defect",
+    ]
+
+
+def _alike(title: str, rows: Mapping[str, Row], describe: Callable[[Row], str]) -> list[str]:
+    """`title: text`; where the categories differ, a line for each text with its categories."""
+    names: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        names.setdefault(describe(row), []).append(name)
+    if len(names) == 1:
+        return [f"{title}: {text}" for text in names]
+    return [f"{title}: {text} ({', '.join(of)})" for text, of in names.items()]
+
+
+def write_results(folder: Path, results: Mapping[str, Row]) -> None:
+    """Write eval.json, eval.csv and eval.md; categories that eval.json holds already and are not in `results` stay.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    rows = {**_read_rows(folder / "eval.json"), **results}
+    content = {"mean": means(rows), "categories": rows}
+    write_text(folder / "eval.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "eval.csv", csv_table(rows))
+    write_text(folder / "eval.md", markdown_table(folder.name, rows))
+    print(f"written to {folder / 'eval.json'}, with eval.csv and eval.md beside it")
+
+
+def _read_rows(path: Path) -> dict[str, Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        means(rows)  # fails where they are not what it takes
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warn(f"{path}: is damaged ({error}) and written anew")
+        return {}
+    return rows
+
+
+def csv_table(rows: Mapping[str, Row]) -> str:
+    """One line a category with full precision, empty where nothing was measured; then mean and published means."""
+    keys = [*TITLES, "image_f1_threshold", "pixel_f1_threshold", "selection", "checkpoint", "epoch", "backbone"]
+    keys += ["images", "anomalous_images", "images_with_mask"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["category", *keys], lineterminator="\n", restval="", extrasaction="ignore")
+    writer.writeheader()
+    for name, row in rows.items():
+        backbone = describe_backbone(row["backbone"]) if "backbone" in row else ""
+        writer.writerow({"category": name, **row, "backbone": backbone})
+    for name, row in {"mean": means(rows), **PUBLISHED}.items():
+        writer.writerow({"category": name, **row})
+    return text.getvalue()
+
+
+def markdown_table(experiment: str, rows: Mapping[str, Row]) -> str:
+    """The table in percent, with the mean, the published means to compare it with, and its provenance."""
+
+    def line(name: str, row: Row, digits: int) -> str:
+        cells = ["n/a" if row.get(key) is None else f"{100 * row[key]:.{digits}f}" for key in TITLES]
+        return f"| {' | '.join([name, *cells])} |\n"
+
+    count = f"{len(rows)} categor{'y' if len(rows) == 1 else 'ies'}"
+    table = f"| category | {' | '.join(TITLES.values())} |\n| :-- |{' --: |' * len(TITLES)}\n"
+    table += "".join(line(name.replace("|", "\\|"), row, 2) for name, row in rows.items())
+    table += line(f"**mean of {count}**", means(rows), 2)
+    table += "".join(line(f"{name}, 15 categories", row, 1) for name, row in PUBLISHED.items())
+    return (
+        f"# Evaluation of {experiment}\n\n{table}\n"
+        "In percent. aupro: up to a false positive rate of 0.3; n/a: not measured, and left out of the mean.\n\n"
+        f"The mean here is over {count}, those of the published reproduction and of the paper are over MVTec AD's 15 "
+        "categories. The published best checkpoint was chosen on the test set.\n\n"
+        + "".join(f"* {text}\n" for text in provenance(rows))
+    )
+
+
+# ---- pictures and maps of one category
+
+
+def draw_evaluation(
+    folder: Path, paths: Sequence[Path], scores: "Scores", truth: GroundTruth, figures: Row, thresholds: Thresholds
+) -> None:
+    """Draw roc.png, scores.png, worst_false_positive.jpg and worst_false_negative.jpg.
+
+    The worst are the good picture with the highest score and the defect picture with the lowest, decided wrongly or
+    not. A picture that has nothing to show is removed if an earlier run drew it.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    draw_roc(folder / "roc.png", scores, truth, figures)
+    draw_scores(folder / "scores.png", scores, truth, thresholds)
+    for name, candidates, worst in (
+        ("worst_false_positive.jpg", np.flatnonzero(~truth.labels), np.argmax),
+        ("worst_false_negative.jpg", np.flatnonzero(truth.labels), np.argmin),
+    ):
+        if not len(candidates):
+            (folder / name).unlink(missing_ok=True)
+            continue
+        i = candidates[worst(scores.image[candidates])]
+        drawing = draw_result(
+            read_rgb(paths[i]), scores.pixel[i], float(scores.image[i]), thresholds.image, thresholds.pixel
+        )
+        write_picture(folder / name, drawing)
+
+
+def draw_roc(path: Path, scores: "Scores", truth: GroundTruth, figures: Row) -> None:
+    """The ROC curves of pictures and of pixels, those that there are; `figures` holds their AUROCs."""
+    curves = {"image": (scores.image, truth.labels)}
+    if truth.masks is not None:
+        curves["pixel"] = (scores.pixel, truth.masks)
+    picture = _blank_figure(5, 5)
+    axes = picture.subplots()
+    for name, (values, labels) in curves.items():
+        curve = roc_curve(values, labels)
+        if curve:
+            axes.plot(*curve, label=f"{name} (AUROC {figure(figures[f'{name}_auroc'])})")
+    if not axes.lines:
+        path.unlink(missing_ok=True)
+        return
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    write_whole(path, lambda name: picture.savefig(name, dpi=100))
+
+
+def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Thresholds) -> None:
+    """How the image scores of good and of defect pictures are distributed, with the threshold."""
+    if not len(scores.image):
+        path.unlink(missing_ok=True)
+        return
+    picture = _blank_figure(7, 4)
+    axes = picture.subplots()
+    bins = np.linspace(float(scores.image.min()), float(scores.image.max()) + 1e-6, 31)  # never of width 0
+    for name, of in (("good", ~truth.labels), ("defect", truth.labels)):
+        axes.hist(scores.image[of], bins, alpha=0.6, label=f"{name}: {of.sum()} pictures")
+    label = f"threshold {thresholds.image:.3f} ({thresholds.rule})"
+    axes.axvline(thresholds.image, color="black", linestyle=":", label=label)
+    axes.set(xlabel="image score", ylabel="pictures")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_whole(path, lambda name: picture.savefig(name, dpi=100))
+
+
+def _blank_figure(width: float, height: float) -> "Figure":
+    """A figure of this many inches that no window shows."""
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # its first run tells of its font cache
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(picture)
+    return picture
+
+
+def save_maps(path: Path, paths: Sequence[Path], scores: "Scores", truth: GroundTruth) -> None:
+    """Write all that the figures of eval.json are made of, for numpy.load.
+
+    `smoothed` (N, H, W) float32, `image_scores` (N,) float32, `labels` (N,) bool, `masks` (N, H, W) bool (not there
+    where some defect has no mask), `paths` (N,) str.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    arrays = {
+        "smoothed": scores.pixel,
+        "image_scores": scores.image,
+        "labels": truth.labels,
+        "paths": np.array([str(picture) for picture in paths], dtype=str),
+    }
+    if truth.masks is not None:
+        arrays["masks"] = truth.masks
+    write_whole(path, lambda name: np.savez(name, **arrays))

@@ -1,0 +1,219 @@
+"""Calibrated thresholds: where they come from, and `thresholds.yaml` beside the checkpoint that they belong to.
+
+A picture is an anomaly if its score is above the image threshold, a pixel is marked if the smoothed map is above the
+pixel threshold. Two rules:
+
+f1: the thresholds of the highest F1 on the test set. Needs good and defect pictures there; where the defects have no
+    masks the pixel threshold stays the published one.
+quantile: from good pictures that training did not use (split conformal prediction, e.g. Lei et al. 2018,
+    doi 10.1080/01621459.2017.1307116). Of n such scores the threshold is the k-th smallest, k = ceil((n + 1)(1 - a)):
+    a new good picture, one that is like these, scores above it with a probability of at most a, the false-alarm rate.
+    The pixel threshold is the same for the maximum of the smoothed map: with a probability of at most a a new good
+    picture has any marked pixel.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from datasets.mvtec import Category, GroundTruth
+from deploy.cli import UserError, warn
+from deploy.files import write_text
+from deploy.imaging import PUBLISHED_THRESHOLD
+from utils.metrics import f1_score
+
+if TYPE_CHECKING:
+    from utils.evaluation import Scores  # imports paddle, which scripts must set up before
+
+RULES = ("f1", "quantile")
+FALSE_ALARM_RATE = 0.05  # of the rule quantile, where none is asked for
+FILE_NAME = "thresholds.yaml"
+PUBLISHED_RULE = "published"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """`image` and `pixel`, with the rule that gave each: f1, quantile or published."""
+
+    image: float
+    pixel: float
+    rule: str
+    pixel_rule: str
+
+    def describe(self) -> str:
+        """Both in a line, for example `image 0.712 (f1), pixel 0.800 (published)`."""
+        return f"image {self.image:.3f} ({self.rule}), pixel {self.pixel:.3f} ({self.pixel_rule})"
+
+
+PUBLISHED = Thresholds(PUBLISHED_THRESHOLD, PUBLISHED_THRESHOLD, PUBLISHED_RULE, PUBLISHED_RULE)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds and the pictures that they come from."""
+
+    thresholds: Thresholds
+    folder: Path  # of the pictures
+    pictures: int
+    defects: int  # of the pictures
+    false_alarm_rate: float | None  # that the rule promises at most
+
+
+def calibrate_f1(folder: Path, figures: Mapping[str, float | None], truth: GroundTruth) -> Calibration | None:
+    """The rule `f1`, or None and a warning without defect or without good pictures.
+
+    Args:
+        folder: of the test pictures.
+        figures: of the test set, what `utils.evaluation.measure_all` returns.
+        truth: of the test set.
+    """
+    image, pixel = figures["image_f1_threshold"], figures["pixel_f1_threshold"]
+    if image is None:
+        warn(
+            f"{folder}: no thresholds were calibrated; --threshold_rule f1 needs good and defect pictures there "
+            "(--threshold_rule quantile needs good training pictures only)"
+        )
+        return None
+    if pixel is None:
+        thresholds = Thresholds(image, PUBLISHED_THRESHOLD, "f1", PUBLISHED_RULE)
+    else:
+        thresholds = Thresholds(image, pixel, "f1", "f1")
+    return Calibration(thresholds, folder, len(truth.labels), int(truth.labels.sum()), None)
+
+
+def calibrate_quantile(folder: Path, held_out: "Scores", rate: float) -> Calibration:
+    """The rule `quantile`; with fewer than 1 / rate - 1 pictures a warning says which rate they can promise.
+
+    Args:
+        folder: of the held-out pictures.
+        held_out: their scores, of one picture at least.
+        rate: false alarms among new good pictures, in (0, 1).
+    """
+    n = len(held_out.image)
+    rank = math.ceil((n + 1) * (1 - Fraction(str(rate))))  # exact: 0.05 is 1 / 20
+    if rank > n:
+        rank, wanted, rate = n, rate, 1 / (n + 1)
+        warn(
+            f"{folder}: {n} held-out pictures cannot promise a false-alarm rate of {wanted:g}; their largest score is "
+            f"the threshold, which promises {rate:.3g}"
+        )
+    image, pixel = (float(np.sort(s)[rank - 1]) for s in (held_out.image, held_out.pixel.max(axis=(1, 2))))
+    return Calibration(Thresholds(image, pixel, "quantile", "quantile"), folder, n, 0, rate)
+
+
+def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: Path) -> list[Path]:
+    """The good pictures under train/good that the checkpoint at `path` says its training did not use.
+
+    Raises:
+        UserError: it held none out, or they are not there any more.
+    """
+    names = checkpoint.get("held_out") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: not a checkpoint (its held_out is not what train.py writes)")
+    if not names:
+        raise UserError(
+            f"{path}: --threshold_rule quantile needs good pictures that training did not use, and this training held "
+            "none out; train with -cfg configs/resnet18_stable.yaml or -o holdout=0.1"
+        )
+    present = {picture.name: picture for picture in category.train}
+    missing = [name for name in names if name not in present]
+    if missing:
+        folder = category.train[0].parent
+        raise UserError(
+            f"{folder / missing[0]}: no such picture, but {path} holds it out ({len(missing)} of {len(names)} are "
+            "missing); give --data as in its training, or train again"
+        )
+    return [present[name] for name in names]
+
+
+def outcome(thresholds: Thresholds, scores: "Scores", truth: GroundTruth) -> dict[str, float | None]:
+    """What the thresholds give on a test set: F1s, false alarms among its good pictures, missed defects."""
+    anomalies = scores.image > thresholds.image
+    pixel_f1 = None if truth.masks is None else f1_score(scores.pixel > thresholds.pixel, truth.masks)
+    return {
+        "image_f1": f1_score(anomalies, truth.labels),
+        "pixel_f1": pixel_f1,
+        "good_test_pictures": int((~truth.labels).sum()),
+        "false_alarms": int((anomalies & ~truth.labels).sum()),
+        "defect_test_pictures": int(truth.labels.sum()),
+        "missed_defects": int((~anomalies & truth.labels).sum()),
+    }
+
+
+def write_thresholds(
+    checkpoint: Path, epoch: int, calibration: Calibration, figures: Mapping[str, float | None]
+) -> Path:
+    """Write thresholds.yaml beside the checkpoint, bound to it by its SHA-256; return the file's path.
+
+    `figures` are the `outcome` of the thresholds.
+    """
+    content = {
+        "rule": calibration.thresholds.rule,
+        "image_threshold": calibration.thresholds.image,
+        "pixel_rule": calibration.thresholds.pixel_rule,
+        "pixel_threshold": calibration.thresholds.pixel,
+        "false_alarm_rate": calibration.false_alarm_rate,
+        "data": {
+            "folder": str(calibration.folder),
+            "pictures": calibration.pictures,
+            "defects": calibration.defects,
+        },
+        "figures": dict(figures),
+        "checkpoint": checkpoint.name,
+        "epoch": epoch,
+        "sha256": _sha256(checkpoint),
+    }
+    path = checkpoint.parent / FILE_NAME
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def load_thresholds(checkpoint: Path) -> Thresholds | None:
+    """The thresholds stored beside a checkpoint; None if there are none, or (with a warning) those of another one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = checkpoint.parent / FILE_NAME
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        thresholds = Thresholds(
+            _threshold(values["image_threshold"]),
+            _threshold(values["pixel_threshold"]),
+            _one_of(RULES, values["rule"]),
+            _one_of((*RULES, PUBLISHED_RULE), values["pixel_rule"]),
+        )
+        sha256 = values["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); run eval.py again, or delete it") from error
+    if sha256 != _sha256(checkpoint):
+        warn(f"{path}: these thresholds belong to another checkpoint than {checkpoint.name}; run eval.py again")
+        return None
+    return thresholds
+
+
+def _threshold(value: Any) -> float:
+    # Scores are in [0, 1]; the f1 threshold of a score of 0 lies just below 0.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
+        raise ValueError(f"a threshold must be a number up to 1, not {value!r}")
+    return float(value)
+
+
+def _one_of(choices: tuple[str, ...], value: Any) -> str:
+    if value not in choices:
+        raise ValueError(f"a rule must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
