@@ -49,7 +49,7 @@ def main() -> None:
     from utils import distributed
     from utils.averaging import WeightAverage
     from utils.checkpoint import load_for_resume, published_state, save_checkpoint
-    from utils.evaluation import mean_loss, measure, score_images
+    from utils.evaluation import mean_loss, measure_while_training
     from utils.features import CacheBudget, FeatureCache
     from utils.training import build_optimizer, train_epoch
 
@@ -90,7 +90,7 @@ def main() -> None:
     def evaluate() -> tuple[float | None, float | None, float | None]:
         """Image and pixel AUROC on the test pictures and the loss on the held-out ones, of those there are."""
         val_loss = mean_loss(model, held_out_features) if held_out else None
-        return *measure(score_images(model, test_features), truth), val_loss
+        return *measure_while_training(model, test_features, truth), val_loss
 
     # ---- training
     logger = make_logger(folder / "train.log", silent=not distributed.is_first())

@@ -1,11 +1,13 @@
 """The figures against scikit-learn's, against a literal AUPRO, and by hand."""
 
 import numpy as np
+import paddle
 import pytest
 import skimage.measure
 import sklearn.metrics
 from scipy import ndimage
 
+from utils.evaluation import auroc_on_device
 from utils.metrics import aupro, auroc, average_precision, f1_max, f1_score, roc_curve
 
 RANDOM = np.random.default_rng(0)
@@ -234,3 +236,21 @@ def test_the_cut_at_the_limit_is_linear():
 @pytest.mark.parametrize("masks", [np.zeros((2, 3, 4), bool), np.ones((2, 3, 4), bool)])
 def test_without_regions_or_normal_pixels_there_is_no_aupro(masks):
     assert aupro(np.zeros(masks.shape), masks) is None
+
+
+# ---- on the device, as training on a GPU uses it
+
+
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+def test_auroc_on_the_device_is_the_same(levels):
+    random = np.random.default_rng(levels)
+    scores = (random.integers(0, levels, (4, 30, 30)) / levels).astype(np.float32)
+    labels = random.random(scores.shape) < 0.2
+    actual = auroc_on_device(paddle.to_tensor(scores), paddle.to_tensor(labels))
+    assert actual == pytest.approx(auroc(scores, labels), abs=1e-12)
+
+
+def test_auroc_on_the_device_without_one_class_is_none():
+    scores = paddle.to_tensor([0.25, 0.5])
+    for labels in ([True, True], [False, False]):
+        assert auroc_on_device(scores, paddle.to_tensor(labels)) is None
