@@ -56,11 +56,9 @@ def evaluate(config: Config, data: Path, name: str, folder: Path, is_last: bool)
     category = load_category(data, name)
     path = folder / ("last.pdparams" if is_last else "best.pdparams")
     model, checkpoint = load_model(config, path)
-    truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
+    truth = load_ground_truth(category.test, config.size, config.mask_rule)
     paths = [image.path for image in category.test]
-    features = FeatureCache(
-        model.feature_extractor, paths, config.input_size, CacheBudget.from_options(None, None), name
-    )
+    features = FeatureCache(model.feature_extractor, paths, config.size, CacheBudget.from_options(None, None), name)
     image, pixel = measure(score_images(model, features), truth)
     return {
         "pixel_auroc": pixel,

@@ -55,11 +55,10 @@ def main() -> None:
     distributed.start()
     # ---- data, model, features: what is wrong with them shows here, before anything is written
     category = load_category(Path(args.data), args.category)
-    truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
-    folder = make_folder(experiment_folder(args.exp_dir) / category.name)
-
+    truth = load_ground_truth(category.test, config.size, config.mask_rule)
     paddle.seed(config.seed)
     model = FastFlow(config)
+    folder = make_folder(experiment_folder(args.exp_dir) / category.name)
     optimizer = build_optimizer(model, config)
     history: list[EpochRow] = []
     if args.resume:
@@ -70,7 +69,7 @@ def main() -> None:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, category.train)
     distributed.same_start(model)
     budget = CacheBudget.from_options(args.cache_memory, args.cache_disk)
-    extractor, size = model.feature_extractor, config.input_size
+    extractor, size = model.feature_extractor, config.size
     train_features = FeatureCache(extractor, category.train, size, budget, "training pictures")
     if distributed.is_first():  # which alone evaluates
         test_features = FeatureCache(extractor, [image.path for image in category.test], size, budget, "test pictures")
