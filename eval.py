@@ -85,11 +85,11 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
     model, checkpoint = load_model(config, path)
     by_quantile = args.threshold_rule == "quantile"
     held_out = held_out_pictures(category, checkpoint, path) if by_quantile else []
-    truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
+    truth = load_ground_truth(category.test, config.size, config.mask_rule)
 
     def score(pictures: list[Path]) -> Scores:
         budget = CacheBudget.from_options(None, None)
-        return score_images(model, FeatureCache(model.feature_extractor, pictures, config.input_size, budget, name))
+        return score_images(model, FeatureCache(model.feature_extractor, pictures, config.size, budget, name))
 
     paths = [image.path for image in category.test]
     scores = score(paths)

@@ -45,7 +45,7 @@ def main() -> int:
     for path in images:
         try:
             picture = read_rgb(path)
-            batch = preprocess(picture, config.input_size, config.input_size)
+            batch = preprocess(picture, *config.size)
             with paddle.no_grad():
                 _, smoothed, score = model(paddle.to_tensor(batch))
             drawing = draw_result(picture, smoothed.numpy()[0, 0], score.item(), thresholds.image, thresholds.pixel)

@@ -62,11 +62,11 @@ def main() -> None:
             "train with -cfg configs/resnet18_stable.yaml or -o selection=last"
         )
     train_pictures, held_out = hold_out(category.train, config.holdout, config.seed)
-    truth = load_ground_truth(category.test, config.input_size, config.mask_rule)
-    folder = make_folder(experiment_folder(args.exp_dir) / category.name)
+    truth = load_ground_truth(category.test, config.size, config.mask_rule)
 
     paddle.seed(config.seed)
     model = FastFlow(config)
+    folder = make_folder(experiment_folder(args.exp_dir) / category.name)
     optimizer = build_optimizer(model, config)
     average = WeightAverage(model, config.ema_decay)
     held_out_names = [path.name for path in held_out]
@@ -79,7 +79,7 @@ def main() -> None:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, train_pictures)
     distributed.same_start(model)
     budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-    extractor, size = model.feature_extractor, config.input_size
+    extractor, size = model.feature_extractor, config.size
     train_features = FeatureCache(extractor, train_pictures, size, budget, "training pictures")
     if distributed.is_first():  # which alone evaluates
         test_features = FeatureCache(extractor, [image.path for image in category.test], size, budget, "test pictures")

@@ -102,7 +102,7 @@ class PublishedFastFlow(nn.Layer):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.input_size = config.input_size
+        self.size = config.size
         self.feature_extractor = Backbone()
         self.norms = nn.LayerList([nn.BatchNorm2D(c, momentum=config.momentum) for c in config.channels])
         self.nf_flows = nn.LayerList([Flow(c, config) for c in config.channels])
@@ -138,8 +138,7 @@ class PublishedFastFlow(nn.Layer):
         maps = []
         for z, _ in latents:
             score = 1 - paddle.exp(-0.5 * paddle.mean(z**2, axis=1, keepdim=True))
-            size = [self.input_size, self.input_size]
-            maps.append(F.interpolate(score, size=size, mode="bilinear", align_corners=True))
+            maps.append(F.interpolate(score, size=list(self.size), mode="bilinear", align_corners=True))
         return paddle.mean(paddle.stack(maps, axis=-1), axis=-1)
 
 
@@ -174,7 +173,7 @@ def train_epoch(
     model.train()
     total = 0.0
     shuffled = [paths[i] for i in np.random.permutation(len(paths))]
-    for pictures in read_batches(shuffled, batch_size, model.input_size):
+    for pictures in read_batches(shuffled, batch_size, model.size):
         loss = model(paddle.to_tensor(normalise(pictures)))
         loss.backward()
         optimizer.step()
@@ -191,7 +190,7 @@ def evaluate(
     model.eval()
     lists = ListEvaluation()
     done = 0
-    for pictures in read_batches(paths, batch_size, model.input_size):
+    for pictures in read_batches(paths, batch_size, model.size):
         for anomaly_map in model(paddle.to_tensor(normalise(pictures))).numpy():
             lists.add(anomaly_map[0], truth.masks[done])
             done += 1

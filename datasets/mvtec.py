@@ -132,12 +132,12 @@ def hold_out(train: Sequence[Path], share: float, seed: int) -> tuple[list[Path]
     return [p for i, p in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
 
 
-def load_ground_truth(test: Sequence[LabelledImage], input_size: int, rule: str) -> GroundTruth:
+def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule: str) -> GroundTruth:
     """Read the masks and turn them into labels per pixel and per picture.
 
     Args:
         test: the test pictures.
-        input_size: side of the anomaly map in pixels.
+        size: height and width of the anomaly map in pixels.
         rule: `published`: the mask is resized bilinearly, divided by 255 and truncated, so only pixels that are
             still exactly 255 count; a picture is anomalous if any pixel is. `half`: pixels of 128 and more count,
             and a picture is anomalous if it lies in a defect's folder.
@@ -149,25 +149,25 @@ def load_ground_truth(test: Sequence[LabelledImage], input_size: int, rule: str)
     if not test or any(image.defect and image.mask is None for image in test):
         return GroundTruth(from_folder, None)
     lowest = 255 if rule == "published" else 128
-    masks = np.zeros((len(test), input_size, input_size), dtype=bool)
+    masks = np.zeros((len(test), *size), dtype=bool)
     for i, image in enumerate(test):
         if image.mask is not None:
-            masks[i] = resize(read_mask(image.mask), input_size, input_size) >= lowest
+            masks[i] = resize(read_mask(image.mask), *size) >= lowest
             if not masks[i].any():
                 warn(f"{image.mask}: no pixel is left of this mask under mask_rule: {rule}")
     labels = masks.any(axis=(1, 2)) if rule == "published" else from_folder
     return GroundTruth(labels, masks)
 
 
-def read_batches(paths: Sequence[Path], batch_size: int, input_size: int) -> Iterator[np.ndarray]:
-    """Resized pictures (B, input_size, input_size, 3) uint8 RGB in the order of `paths`; the last batch may be short.
+def read_batches(paths: Sequence[Path], batch_size: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Pictures (B, H, W, 3) uint8 RGB in the order of `paths`, resized to `size` = (H, W); the last batch may be short.
 
     Raises:
         UserError: a picture cannot be read.
     """
 
     def read(path: Path) -> np.ndarray:
-        return resize(read_rgb(path), input_size, input_size)
+        return resize(read_rgb(path), *size)
 
     with ThreadPoolExecutor(READERS) as pool:
         pending = [pool.submit(read, path) for path in paths[: 2 * batch_size]]

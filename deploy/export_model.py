@@ -46,11 +46,10 @@ def main() -> None:
     model, checkpoint = load_model(config, checkpoint_path)
     thresholds = load_thresholds(checkpoint_path) or PUBLISHED
     target = make_folder(Path(args.save_inference_dir))
-    size = config.input_size
-    spec = paddle.static.InputSpec([None, 3, size, size], "float32", name="images")
+    spec = paddle.static.InputSpec([None, 3, *config.size], "float32", name="images")
     description = {
         "category": args.category,
-        "input_size": [size, size],  # height, width
+        "input_size": list(config.size),  # height, width
         "resize": "bilinear",
         "mean": list(MEAN),
         "std": list(STD),

@@ -7,8 +7,9 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from deploy.cli import UserError
 from models import fused
-from models.backbone import ResNet18Features
+from models.backbone import build_backbone, feature_shapes
 from models.linear_maps import SMOOTHING_SIGMA, bilinear_matrix, gaussian_matrix
 from utils import distributed
 from utils.config import Config
@@ -127,24 +128,43 @@ class FeatureNorm(nn.BatchNorm2D):
         return scaled * self.weight.reshape(shape) + self.bias.reshape(shape)
 
 
+class BothAxes(nn.Layer):
+    """A fixed linear map of the rows and one of the columns: R A C^T for each map A."""
+
+    def __init__(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """R (H, h) and C (W, w)."""
+        super().__init__()
+        self.register_buffer("rows", paddle.to_tensor(rows), persistable=False)
+        self.register_buffer("columns", paddle.to_tensor(columns), persistable=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, 1, h, w) -> (B, 1, H, W)."""
+        return paddle.matmul(paddle.matmul(self.rows, maps), self.columns, transpose_y=True)
+
+
 class FastFlow(nn.Layer):
     """Frozen backbone, and per scale a BatchNorm and a flow to a standard normal z."""
 
     def __init__(self, config: Config) -> None:
+        """Channels and sizes of the feature maps are the backbone's.
+
+        Raises:
+            UserError: no such backbone, or the config says something else of it than it gives.
+        """
         super().__init__()
         random = np.random.default_rng(config.seed)
-        self.feature_extractor = ResNet18Features()
+        self.feature_extractor = build_backbone(config.backbone_name)
+        shapes = feature_shapes(self.feature_extractor, config.size)  # (C, h, w) per scale
+        _check_shapes(shapes, config)
         self.norms = nn.LayerList(
-            [FeatureNorm(c, momentum=config.momentum) for c in config.channels] if config.use_norm else []
+            [FeatureNorm(c, momentum=config.momentum) for c, _, _ in shapes] if config.use_norm else []
         )
-        self.nf_flows = nn.LayerList([Flow(c, config, random) for c in config.channels])
-        size = config.input_size
-        for i, scale in enumerate(config.scales):
-            self.register_buffer(
-                f"resize_{i}", paddle.to_tensor(bilinear_matrix(-(-size // scale), size)), persistable=False
-            )
-        smoothing = paddle.to_tensor(gaussian_matrix(size, SMOOTHING_SIGMA))
-        self.register_buffer("smoothing", smoothing, persistable=False)
+        self.nf_flows = nn.LayerList([Flow(c, config, random) for c, _, _ in shapes])
+        height, width = config.size
+        self.resize = nn.LayerList(
+            [BothAxes(bilinear_matrix(h, height), bilinear_matrix(w, width)) for _, h, w in shapes]
+        )
+        self.smooth = BothAxes(gaussian_matrix(height, SMOOTHING_SIGMA), gaussian_matrix(width, SMOOTHING_SIGMA))
         for name, parameter in self.named_parameters():
             parameter.name = name  # the optimizer's state is stored under these names: any process can resume
 
@@ -171,15 +191,28 @@ class FastFlow(nn.Layer):
         """Features -> anomaly map (B, 1, H, W), the same smoothed, image score (B); all in [0, 1)."""
         maps = []
         for i, (z, _) in enumerate(self.latents(features)):
-            maps.append(_both_axes(getattr(self, f"resize_{i}"), per_location_score(z)))  # (B, 1, H, W)
+            maps.append(self.resize[i](per_location_score(z)))  # (B, 1, H, W)
         anomaly_map = sum(maps) / len(maps)
-        smoothed = _both_axes(self.smoothing, anomaly_map)
-        return anomaly_map, smoothed, anomaly_map.max(axis=[1, 2, 3])
+        return anomaly_map, self.smooth(anomaly_map), anomaly_map.max(axis=[1, 2, 3])
 
 
-def _both_axes(matrix: Tensor, maps: Tensor) -> Tensor:
-    """M A M^T for each map A: (m, n), (B, 1, n, n) -> (B, 1, m, m)."""
-    return paddle.matmul(paddle.matmul(matrix, maps), matrix, transpose_y=True)
+def _check_shapes(shapes: Sequence[tuple[int, int, int]], config: Config) -> None:
+    """Compare the backbone's feature maps (C, h, w) with what the config says of them and with what a flow needs."""
+    name, channels, maps = config.backbone_name, [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
+    if config.channels not in (None, channels):
+        raise UserError(f"config: channels must be {channels} with {name}, not {config.channels}")
+    height, width = config.size
+    scales = config.scales  # input size / feature map size, for a size that is divided without remainder
+    if scales is not None and [(math.ceil(height / s), math.ceil(width / s)) for s in scales] != maps:
+        sizes = ", ".join(f"{h}x{w}" for h, w in maps)
+        raise UserError(
+            f"config: scales {scales} are not those of {name}, whose feature maps of {height}x{width} pictures are "
+            f"{sizes}; leave the key out"
+        )
+    if any(c % 2 for c in channels):
+        raise UserError(f"backbone {name}: has {channels} channels, and a flow needs an even number")
+    if int(min(channels) // 2 * config.hidden_ratio) < 1:
+        raise UserError(f"config: hidden_ratio {config.hidden_ratio} leaves no hidden channel")
 
 
 def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

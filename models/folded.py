@@ -29,9 +29,15 @@ def features(model: nn.Layer, images: Tensor, plain: Callable[[Tensor], list[Ten
         model: with the attributes of `paddle.vision.models.ResNet`: basic or bottleneck blocks, without groups.
         images: (B, 3, H, W).
         plain: computes the same from the images with Paddle's operators; used where oneDNN cannot be, in training
-            mode, and where somebody listens to the layers in between.
+            mode, for gradients of the images, and where somebody listens to the layers in between.
     """
-    if model.training or _has_hooks(model) or not usable(images, *model.parameters(), *model.buffers()):
+    wants_gradient = paddle.is_grad_enabled() and not images.stop_gradient
+    if (
+        model.training
+        or wants_gradient
+        or _has_hooks(model)
+        or not usable(images, *model.parameters(), *model.buffers())
+    ):
         return plain(images)
     with LOCK:
         try:

@@ -50,11 +50,15 @@ def calibrated_start(backbone: nn.Layer, images: np.ndarray, seed: int) -> None:
 
 
 def _smooth_filters(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
-    """Random kernels (C_out, C_in, k, k), blurred by sigma = 1 pixel; a 1 x 1 kernel stays as drawn."""
-    taps = np.arange(shape[-1])
-    blur = np.exp(-((taps[:, None] - taps) ** 2) / 2)  # (k, k)
-    kernels = blur @ rng.standard_normal(shape) @ blur.T  # (C_out, C_in, k, k)
+    """Random kernels (C_out, C_in, kH, kW), blurred by sigma = 1 pixel; a 1 x 1 kernel stays as drawn."""
+    kernels = _blur(shape[2]) @ rng.standard_normal(shape) @ _blur(shape[3]).T  # (C_out, C_in, kH, kW)
     return (kernels * np.sqrt(2 / np.prod(shape[1:])) / kernels.std()).astype("float32")
+
+
+def _blur(taps: int) -> np.ndarray:
+    """G of `calibrated_start`, (taps, taps)."""
+    i = np.arange(taps)
+    return np.exp(-((i[:, None] - i) ** 2) / 2)
 
 
 def _take_statistics(norm: nn.BatchNorm2D, inputs: tuple[Tensor]) -> None:

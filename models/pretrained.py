@@ -17,6 +17,7 @@ from datasets.mvtec import read_batches
 from deploy.cli import UserError, warn
 from deploy.files import write_whole
 from deploy.imaging import normalise
+from models.backbone import Backbone, find_backbone
 from models.offline_start import calibrated_start
 from utils.config import Config
 from utils.pickles import load_pickle
@@ -42,8 +43,9 @@ def load_backbone(
     """Fill the backbone and say from where.
 
     Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_BACKBONE_WEIGHTS names,
-    Paddle's weight cache, one download of Paddle's official file, and the offline start, which is calibrated on
-    some training images. With `pretrained: offline` and no file named, the offline start at once.
+    Paddle's weight cache, one download of the backbone's official file, and the offline start, which is calibrated on
+    some training images. With `pretrained: offline` and no file named, or for a backbone that has no official file,
+    the offline start at once.
 
     Returns:
         the provenance that checkpoints and tables state: `source`, `file`, `sha256`.
@@ -51,20 +53,22 @@ def load_backbone(
     Raises:
         UserError: a file that was named is missing, damaged or of another architecture.
     """
+    entry = find_backbone(config.backbone_name)
     for source, file in (("--backbone_weights", weights_file), (VARIABLE, os.environ.get(VARIABLE))):
         if file:
-            return _load_file(backbone, Path(file), source)
-    if config.pretrained == "imagenet":
-        official = official_file()
+            return _load_file(backbone, entry, Path(file), source)
+    if config.pretrained == "imagenet" and entry.weights:
+        url, md5 = entry.weights
+        official = official_file(url)
         try:
             if official.exists():
-                return _load_file(backbone, official, "Paddle's weight cache")
-            download_official(official)
-            return _load_file(backbone, official, "downloaded")
+                return _load_file(backbone, entry, official, "Paddle's weight cache")
+            download_official(url, md5, official)
+            return _load_file(backbone, entry, official, "downloaded")
         except UserError as error:
             warn(str(error))
     chosen = training_images[:: max(1, len(training_images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.input_size))
+    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.size))
     calibrated_start(backbone, normalise(pictures), config.seed)
     print(OFFLINE_WARNING, file=sys.stderr, flush=True)
     return {"source": OFFLINE, "file": None, "sha256": None}
@@ -91,24 +95,19 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: backbone weights must be a .pdparams, .npz or .safetensors file")
 
 
-def official_file() -> Path:
-    """Where Paddle keeps its official ResNet18 weights."""
+def official_file(url: str) -> Path:
+    """Where Paddle keeps the weights that it downloads from this address."""
     from paddle.utils.download import WEIGHTS_HOME
-    from paddle.vision.models.resnet import model_urls
 
-    return Path(WEIGHTS_HOME) / Path(model_urls["resnet18"][0]).name
+    return Path(WEIGHTS_HOME) / Path(url).name
 
 
-def download_official(target: Path) -> None:
-    """Download Paddle's official ResNet18 weights: one attempt, checksum verified, written whole.
+def download_official(url: str, md5: str, target: Path) -> None:
+    """Download official weights: one attempt, checksum verified, written whole.
 
     Raises:
-        UserError: no connection, or the file is not what Paddle published.
+        UserError: no connection, or the file is not what was published.
     """
-    from paddle.vision.models.resnet import model_urls
-
-    url, md5 = model_urls["resnet18"]
-
     try:
         deadline = time.monotonic() + DOWNLOAD_DEADLINE
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as answer:
@@ -128,9 +127,9 @@ def download_official(target: Path) -> None:
     write_whole(target, lambda name: Path(name).write_bytes(content))
 
 
-def _load_file(backbone: nn.Layer, path: Path, source: str) -> dict[str, str | None]:
+def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> dict[str, str | None]:
     weights = read_weights(path)
     if isinstance(weights, dict):  # set_state says so if it is anything else
-        weights = {name: value for name, value in weights.items() if not str(name).startswith(("layer4.", "fc."))}
+        weights = {name: value for name, value in weights.items() if not str(name).startswith(entry.left_out)}
     set_state(backbone, weights, str(path))
     return {"source": source, "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -1,6 +1,7 @@
 """Checkpoints: published names, honest errors, and nothing in a file is ever run."""
 
 import builtins
+import dataclasses
 import os
 import pickle
 
@@ -270,6 +271,26 @@ def test_a_missing_file_and_a_folder_are_user_errors(tmp_path):
     for name in ("absent.pdparams", "folder.pdparams"):
         with pytest.raises(UserError, match=name):
             load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(("trained", "asked"), [(64, [64, 64]), ([64, 64], 64), ([64, 96], [64, 96])])
+def test_a_size_may_be_written_in_two_ways(tmp_path, config, source, trained, asked):
+    content = checkpoint_of(source) | {"config": config.as_dict() | {"input_size": trained}}
+    save_checkpoint(tmp_path / "best.pdparams", content)
+    load_model(dataclasses.replace(config, input_size=asked), tmp_path / "best.pdparams")
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "override"),
+    [(64, [64, 96], "input_size=64"), ([64, 96], [96, 64], "'input_size=[64, 96]'"), ([64, 96], 64, "'input_size=[64")],
+)
+def test_another_size_is_refused_and_the_right_one_named(tmp_path, config, source, trained, asked, override):
+    content = checkpoint_of(source) | {"config": config.as_dict() | {"input_size": trained}}
+    save_checkpoint(tmp_path / "best.pdparams", content)
+    with pytest.raises(UserError) as error:
+        load_model(dataclasses.replace(config, input_size=asked), tmp_path / "best.pdparams")
+    assert f"trained with input_size {trained}, the config says {asked}" in str(error.value)
+    assert f"-o {override}" in str(error.value)
 
 
 # ---- files that would run code

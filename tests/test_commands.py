@@ -16,7 +16,10 @@ import pytest
 import skimage.measure
 import sklearn.metrics
 import yaml
+from PIL import Image
 
+from deploy.imaging import decision_line, preprocess, read_rgb
+from deploy.infer import Model
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -574,6 +577,63 @@ def test_own_category_without_masks(empty, tmp_path):
     assert (thresholds["pixel_threshold"], thresholds["pixel_rule"]) == (0.8, "published")
 
 
+@pytest.fixture(scope="module")
+def wide_pictures(tmp_path_factory) -> Path:
+    """JPEG and BMP pictures, 120 pixels high and 200 wide, with defects near the upper right corner."""
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data") / "panel"
+    rows, columns = np.mgrid[:120, :200]
+
+    def draw(name: str, defect: bool) -> None:
+        picture = 120 + 40 * np.sin(columns / 9 + random.uniform(0, 6)) + 20 * np.cos(rows / 7)
+        picture = picture[..., None] * [1.0, 0.8, 0.6] + random.normal(0, 4, (120, 200, 3))
+        row, column = random.integers(30, 36), random.integers(155, 165)
+        spot = (rows - row) ** 2 + (columns - column) ** 2 <= 12**2
+        if defect:
+            picture[spot] += [-40, 0, 60]
+            mask = folder / "ground_truth" / Path(name).parent.name / f"{Path(name).stem}_mask.bmp"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(255 * spot)).save(mask)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(picture.clip(0, 255))).save(folder / name)
+
+    for i in range(16):
+        draw(f"train/good/{i:02}.{'jpg' if i % 2 else 'BMP'}", defect=False)
+    for i in range(4):
+        draw(f"test/good/{i}.bmp", defect=False)
+        draw(f"test/spot/{i}.{'jpeg' if i % 2 else 'bmp'}", defect=True)
+    return folder.parent
+
+
+def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
+    """From the training to the exported model; a height taken for a width would move the defect or fail."""
+    model = ["-cfg", "configs/resnet18.yaml", "-o", "input_size=[64, 96]", "-o", "flow_step=1"]
+    model += ["-o", "pretrained=offline", "--exp_dir", "exp", "-cat", "panel"]
+    empty.succeed("train.py", *model, "--data", wide_pictures, "--epochs", 6, "--batch_size", 8, "--test_epochs", 6)
+    empty.succeed("eval.py", *model, "--data", wide_pictures)
+    panel = json.loads((empty.folder / "results/exp/eval.json").read_text())["categories"]["panel"]
+    assert (panel["images"], panel["images_with_mask"]) == (8, 4)
+    assert panel["pixel_auroc"] > 0.9
+
+    picture = wide_pictures / "panel/test/spot/0.bmp"
+    predicted = empty.succeed("predict.py", *model, "--image_path", picture).stdout.splitlines()[0]
+    with Image.open(empty.folder / "results/exp/panel/result.jpg") as drawing:
+        width, height = drawing.size
+    assert width / 3 / (height - 40) == pytest.approx(200 / 120, rel=0.01)  # three panels below a caption
+
+    empty.succeed("deploy/export_model.py", *model)
+    folder = empty.folder / "results/inference"
+    assert yaml.safe_load((folder / "inference.yml").read_text())["input_size"] == [64, 96]
+    inferred = empty.succeed("deploy/infer.py", "--image_path", picture).stdout
+    assert inferred.strip() == predicted
+    batch = preprocess(read_rgb(picture), 64, 96)
+    raw, smoothed, score = Model(folder, use_gpu=False, threads=2).run(batch)
+    assert raw.shape == smoothed.shape == (1, 1, 64, 96)
+    assert decision_line(score.item(), 0.8) == predicted
+    quarters = smoothed.reshape(2, 32, 2, 48).mean(axis=(1, 3))
+    assert quarters.argmax() == 1  # the upper right one, where the spots are
+
+
 def test_train_sh(empty, tmp_path):
     data = tmp_path / "data"
     (data / "my part").mkdir(parents=True)
@@ -659,9 +719,9 @@ def test_bad_data_damages_no_earlier_result(workplace, tmp_path, damage):
 
 def npz(folder: Path) -> Path:
     """Some backbone weights, so that no warning of the offline start mixes with the error."""
-    from models.backbone import ResNet18Features
+    from models.backbone import build_backbone
 
-    state = {name: value.numpy() for name, value in ResNet18Features().state_dict().items()}
+    state = {name: value.numpy() for name, value in build_backbone("resnet18").state_dict().items()}
     np.savez(folder / "weights.npz", **state)
     return folder / "weights.npz"
 

@@ -193,7 +193,7 @@ def test_masks_may_be_missing_as_a_whole(data, folder):
     shutil.rmtree(data / "my part 1" / folder)
     category = load_category(data, "my part 1")
     assert all(image.mask is None for image in category.test)
-    truth = load_ground_truth(category.test, 16, "published")
+    truth = load_ground_truth(category.test, (16, 16), "published")
     assert truth.masks is None
     assert truth.labels.tolist() == [True, False, False, True, True]
 
@@ -281,7 +281,7 @@ def test_a_data_folder_without_categories_is_named(tmp_path, name):
 def masked(tmp_path):
     """`masked(mask, ...)` is the ground truth of a good picture and one defect picture for each mask."""
 
-    def make(*masks, size=4, rule="published") -> GroundTruth:
+    def make(*masks, size=(4, 4), rule="published") -> GroundTruth:
         test = [LabelledImage(tmp_path / "good.png", None, None)]
         for i, mask in enumerate(masks):
             path = save(tmp_path / f"{i}_mask.png", np.array(mask, np.uint8))
@@ -309,10 +309,10 @@ def test_half_rule_takes_128_and_more(masked):
 def test_a_larger_mask_loses_its_mixed_border_under_the_published_rule(masked):
     mask = np.zeros((9, 9), np.uint8)
     mask[:, 4:] = 255
-    assert masked(mask, size=3).masks[1].tolist() == [[False, True, True]] * 3  # its centres are columns 1, 4, 7
+    assert masked(mask, size=(3, 3)).masks[1].tolist() == [[False, True, True]] * 3  # its centres are columns 1, 4, 7
     mixed = mask[:, [4, 0, 0]]  # 255 0 0: three quarters of 255, then 0
-    assert masked(mixed, size=2).masks[1].tolist() == [[False, False]] * 2
-    assert masked(mixed, size=2, rule="half").masks[1].tolist() == [[True, False]] * 2
+    assert masked(mixed, size=(2, 2)).masks[1].tolist() == [[False, False]] * 2
+    assert masked(mixed, size=(2, 2), rule="half").masks[1].tolist() == [[True, False]] * 2
 
 
 def test_a_mask_without_a_white_pixel_is_normal_as_published_and_a_defect_by_its_folder(masked, capsys):
@@ -326,7 +326,7 @@ def test_a_mask_without_a_white_pixel_is_normal_as_published_and_a_defect_by_its
 def test_each_mask_belongs_to_its_picture_and_may_have_its_own_size(masked):
     small, large = np.zeros((2, 2)), np.full((20, 10), 255)
     small[0, 0] = 255
-    truth = masked(small, large, size=2)
+    truth = masked(small, large, size=(2, 2))
     assert truth.masks.tolist() == [
         [[False, False], [False, False]],
         [[True, False], [False, False]],
@@ -334,10 +334,18 @@ def test_each_mask_belongs_to_its_picture_and_may_have_its_own_size(masked):
     ]
 
 
+def test_a_mask_of_another_shape_is_stretched_along_each_axis_by_itself(masked):
+    mask = np.zeros((6, 40))
+    mask[:3, :10] = 255  # upper half, left quarter
+    truth = masked(mask, size=(4, 8))
+    assert truth.masks.shape == (2, 4, 8)
+    assert np.argwhere(truth.masks[1]).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
 def test_a_damaged_mask_is_named(tmp_path):
     (tmp_path / "0_mask.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"0_mask\.png"):
-        load_ground_truth([LabelledImage(tmp_path / "0.png", "dent", tmp_path / "0_mask.png")], 4, "published")
+        load_ground_truth([LabelledImage(tmp_path / "0.png", "dent", tmp_path / "0_mask.png")], (4, 4), "published")
 
 
 # ---- read_batches
@@ -351,11 +359,11 @@ def numbered(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 11, 64])
 def test_batches_keep_the_order_and_the_last_may_be_short(numbered, batch_size):
-    batches = list(read_batches(numbered, batch_size, 8))
+    batches = list(read_batches(numbered, batch_size, (8, 5)))
     full, rest = divmod(11, batch_size)
     assert [len(batch) for batch in batches] == [batch_size] * full + [rest] * (rest > 0)
     whole = np.concatenate(batches)
-    assert whole.shape == (11, 8, 8, 3)
+    assert whole.shape == (11, 8, 5, 3)
     assert whole.dtype == np.uint8
     np.testing.assert_array_equal(whole[:, 0, 0, 0], 10 * np.arange(11))
 
@@ -370,7 +378,7 @@ def test_pictures_are_read_at_most_two_batches_ahead(numbered, monkeypatch):
         return read_rgb(path)
 
     monkeypatch.setattr(mvtec, "read_rgb", note)
-    batches = read_batches(numbered, 2, 8)
+    batches = read_batches(numbered, 2, (8, 8))
     assert not opened
     next(batches)
     assert opened <= set(numbered[:6])
@@ -382,7 +390,7 @@ def test_pictures_are_read_at_most_two_batches_ahead(numbered, monkeypatch):
 
 def test_a_damaged_picture_is_named_when_its_batch_is_reached(numbered):
     truncated(numbered[7])
-    batches = read_batches(numbered, 3, 8)
+    batches = read_batches(numbered, 3, (8, 8))
     next(batches)
     next(batches)
     with pytest.raises(UserError, match=numbered[7].name):
@@ -395,5 +403,5 @@ def test_reading_in_threads_leaves_the_warning_filters_alone(tmp_path):
     with warnings.catch_warnings():
         before = list(warnings.filters)
         for _ in range(10):
-            list(read_batches(paths, 8, 16))
+            list(read_batches(paths, 8, (16, 16)))
         assert warnings.filters == before

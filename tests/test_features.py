@@ -6,19 +6,19 @@ import numpy as np
 import paddle
 import pytest
 
-from models.backbone import ResNet18Features
+from models.backbone import build_backbone
 from utils.features import CacheBudget, FeatureCache
 
 PATHS = sorted(Path("lite_data/bottle/train/good").glob("*.png"))[:11]
-SIZE = 64
-FEATURE_BYTES = 4 * 11 * (64 * 16 * 16 + 128 * 8 * 8 + 256 * 4 * 4)
-PICTURE_BYTES = 11 * SIZE * SIZE * 3
+SIZE = (64, 96)
+FEATURE_BYTES = 4 * 11 * (64 * 16 * 24 + 128 * 8 * 12 + 256 * 4 * 6)
+PICTURE_BYTES = 11 * 64 * 96 * 3
 
 
 @pytest.fixture(scope="module")
 def backbone():
     paddle.seed(0)
-    return ResNet18Features()
+    return build_backbone("resnet18")
 
 
 @pytest.mark.parametrize(

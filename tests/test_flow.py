@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from scipy import ndimage
 
 from models.fastflow import FastFlow, Flow, FlowStep, negative_log_likelihood, per_location_score
 from utils.config import load_config
@@ -168,10 +169,9 @@ def test_the_location_score_runs_from_0_to_1():
     assert (far > 0.999).all()
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A published model for 64 x 64 pictures with perturbed flows, in eval mode."""
-    model = FastFlow(load_config(PATH, ["input_size=64"]))
+def small_model(input_size):
+    """A published model with perturbed flows, in eval mode."""
+    model = FastFlow(load_config(PATH, [f"input_size={input_size}"]))
     perturbed(model.nf_flows)
     for i, norm in enumerate(model.norms):
         norm._variance.set_value(paddle.full_like(norm._variance, 1e4))  # small z: no saturated scores
@@ -181,29 +181,33 @@ def small():
 
 
 @paddle.no_grad()
-def test_scores_are_the_mean_of_the_resized_maps(small):
-    images = noise(2, 3, 64, 64)
-    features = small.feature_extractor(images)
-    assert [f.shape for f in features] == [[2, 64, 16, 16], [2, 128, 8, 8], [2, 256, 4, 4]]
-    anomaly_map, smoothed, scores = small(images)
-    assert anomaly_map.shape == smoothed.shape == [2, 1, 64, 64]
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96), (75, 40)])
+def test_scores_are_the_mean_of_the_resized_maps(height, width):
+    model, images = small_model([height, width]), noise(2, 3, height, width)
+    features = model.feature_extractor(images)
+    sizes = [(-(-height // scale), -(-width // scale)) for scale in (4, 8, 16)]
+    assert [tuple(f.shape) for f in features] == [(2, c, *size) for c, size in zip((64, 128, 256), sizes, strict=True)]
+    anomaly_map, smoothed, scores = model(images)
+    assert anomaly_map.shape == smoothed.shape == [2, 1, height, width]
     assert scores.shape == [2]
     maps = [
-        nn.functional.interpolate(per_location_score(z), size=[64, 64], mode="bilinear", align_corners=True)
-        for z, _ in small.latents(features)
+        nn.functional.interpolate(per_location_score(z), size=[height, width], mode="bilinear", align_corners=True)
+        for z, _ in model.latents(features)
     ]
     np.testing.assert_allclose(anomaly_map.numpy(), sum(maps).numpy() / 3, atol=1e-5)
     np.testing.assert_array_equal(scores.numpy(), anomaly_map.numpy().max(axis=(1, 2, 3)))  # of the raw map
     assert (anomaly_map.numpy() >= 0).all()
     assert (anomaly_map.numpy() <= 1).all()
     assert smoothed.numpy().std() < anomaly_map.numpy().std()
+    for raw, smooth in zip(anomaly_map.numpy()[:, 0], smoothed.numpy()[:, 0], strict=True):
+        np.testing.assert_allclose(smooth, ndimage.gaussian_filter(raw.astype(np.float64), 6), atol=1e-5)
 
 
 @paddle.no_grad()
-def test_a_picture_scores_the_same_alone_and_in_a_batch(small):
-    images = noise(3, 3, 64, 64)
-    together = small(images)[0].numpy()
-    alone = np.concatenate([small(images[i : i + 1])[0].numpy() for i in range(3)])
+def test_a_picture_scores_the_same_alone_and_in_a_batch():
+    model, images = small_model(64), noise(3, 3, 64, 64)
+    together = model(images)[0].numpy()
+    alone = np.concatenate([model(images[i : i + 1])[0].numpy() for i in range(3)])
     np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
@@ -218,12 +222,12 @@ def test_without_norms_the_flows_take_the_features_as_they_are():
         np.testing.assert_array_equal(log_det.numpy(), expected_log_det.numpy())
 
 
-@pytest.mark.parametrize("size", [33, 100, 72])
-def test_sizes_that_no_stride_divides_work(size):
-    model = FastFlow(load_config(PATH, [f"input_size={size}"]))
+@pytest.mark.parametrize(("height", "width"), [(33, 33), (100, 72), (32, 201)])
+def test_sizes_that_no_stride_divides_work(height, width):
+    model = FastFlow(load_config(PATH, [f"input_size=[{height}, {width}]"]))
     model.eval()
     with paddle.no_grad():
-        assert model(noise(1, 3, size, size))[0].shape == [1, 1, size, size]
+        assert model(noise(1, 3, height, width))[0].shape == [1, 1, height, width]
 
 
 # ---- what is trained and what is not

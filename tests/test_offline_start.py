@@ -5,7 +5,7 @@ import paddle
 import pytest
 from paddle import nn
 
-from models.backbone import ResNet18Features
+from models.backbone import BACKBONES, build_backbone
 from models.offline_start import calibrated_start
 
 
@@ -18,8 +18,8 @@ def images() -> np.ndarray:
     return pictures
 
 
-def started(images: np.ndarray, seed: int = 0) -> ResNet18Features:
-    backbone = ResNet18Features()
+def started(images: np.ndarray, seed: int = 0, name: str = "resnet18") -> nn.Layer:
+    backbone = build_backbone(name)
     calibrated_start(backbone, images, seed)
     return backbone
 
@@ -35,12 +35,13 @@ def test_same_seed_and_images_give_the_same_weights(images):
 
 
 def test_names_and_shapes_are_those_of_resnet18(images):
-    shapes = {name: value.shape for name, value in ResNet18Features().state_dict().items()}
+    shapes = {name: value.shape for name, value in build_backbone("resnet18").state_dict().items()}
     assert {name: value.shape for name, value in started(images).state_dict().items()} == shapes
 
 
-def test_every_batchnorm_gives_mean_zero_and_variance_one(images):
-    backbone, checked = started(images), []
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_batchnorm_gives_mean_zero_and_variance_one(images, name):
+    backbone, checked = started(images, name=name), []
 
     def check(_, __, y):
         np.testing.assert_allclose(y.mean([0, 2, 3]).numpy(), 0, atol=1e-3)
@@ -51,7 +52,7 @@ def test_every_batchnorm_gives_mean_zero_and_variance_one(images):
     for norm in norms:
         norm.register_forward_post_hook(check)
     backbone(paddle.to_tensor(images))
-    assert len(checked) == len(norms) == 15
+    assert len(checked) == len(norms) == {"resnet18": 15, "resnet34": 29}.get(name, 43)
 
 
 def test_features_do_not_depend_on_the_contrast_of_the_data(images):
@@ -68,6 +69,13 @@ def test_filters_are_smooth_where_they_have_an_extent(images):
             kernels = kernels.numpy()
             left, right = kernels[..., :-1].ravel(), kernels[..., 1:].ravel()
             assert np.corrcoef(left, right)[0, 1] > 0.6, name  # white noise: 0
+
+
+def test_kernels_may_have_any_shape(images):
+    layer = nn.Sequential(nn.Conv2D(3, 4, (1, 7)), nn.Conv2D(4, 4, (3, 1), groups=4), nn.BatchNorm2D(4))
+    calibrated_start(layer, images, 0)
+    y = layer(paddle.to_tensor(images))
+    np.testing.assert_allclose(y.var([0, 2, 3], unbiased=False).numpy(), 1, atol=1e-2)
 
 
 def test_the_start_leaves_the_backbone_ready_to_use(images):

@@ -10,7 +10,7 @@ import pytest
 from paddle.vision import models as vision
 
 from models import folded, fused, onednn
-from models.backbone import ResNet18Features
+from models.backbone import BACKBONES, build_backbone
 from models.fastflow import FastFlow, Flow
 from utils.training import build_optimizer, training_step
 
@@ -182,7 +182,7 @@ def test_training_gives_the_same_losses(config, random, without_onednn):
 @pytest.fixture
 def backbone(random):
     paddle.seed(0)
-    return with_statistics(ResNet18Features(), random)
+    return with_statistics(build_backbone("resnet18"), random)
 
 
 def with_statistics(model, random):
@@ -207,18 +207,28 @@ def test_backbone_agrees(backbone, random, shape):
 
 
 @needs_onednn
-@paddle.no_grad()
-def test_bottleneck_blocks_agree(random):
-    model = with_statistics(vision.resnet50(), random)
-    images = tensor(random, 2, 3, 64, 64)
-    assert_features_agree(folded.features(model, images, refuse), ResNet18Features._plain(model, images))
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet18"])
+def test_every_backbone_agrees(random, name):
+    model = with_statistics(build_backbone(name), random)
+    images = tensor(random, 2, 3, 40, 64)
+    assert_features_agree(folded.features(model, images, refuse), model._plain(images))
+
+
+@needs_onednn
+def test_gradients_of_images_go_the_plain_way(backbone, random):
+    images = tensor(random, 1, 3, 64, 64)
+    images.stop_gradient = False
+    (gradient,) = paddle.grad(backbone(images)[2].sum(), [images])
+    assert gradient.abs().max().item() > 0
+    with paddle.no_grad():
+        assert_features_agree(folded.features(backbone, images, refuse), backbone._plain(images))
 
 
 @needs_onednn
 def test_new_weights_of_the_backbone_are_noticed(backbone, random):
     images = tensor(random, 1, 3, 64, 64)
     before = backbone(images)
-    other = with_statistics(ResNet18Features(), random)
+    other = with_statistics(build_backbone("resnet18"), random)
     backbone.set_state_dict(other.state_dict())
     assert_features_agree(backbone(images), other._plain(images))
     assert (backbone(images)[0] - before[0]).abs().max().item() > 0.01

@@ -1,5 +1,6 @@
 """Where the backbone's weights come from, and what happens when a source fails."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -7,7 +8,6 @@ import pickle
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from deploy.cli import UserError
-from models.backbone import ResNet18Features
+from models.backbone import BACKBONES, build_backbone
 from models.pretrained import VARIABLE, download_official, load_backbone, official_file, read_weights
 from utils.config import load_config
 from utils.results import OFFLINE
@@ -31,7 +31,7 @@ EXTRA = {"fc.weight": np.ones((512, 10), np.float32), "layer4.0.conv1.weight": n
 def weights(seed):
     """A whole state of the backbone; every seed gives another."""
     random = np.random.default_rng(seed)
-    state = ResNet18Features().state_dict()
+    state = build_backbone("resnet18").state_dict()
     return {name: random.random(value.shape, np.float32) + 0.5 for name, value in state.items()}
 
 
@@ -45,6 +45,11 @@ def write(path, state):
     else:
         paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(path))
     return path
+
+
+def publish(monkeypatch, url, md5):
+    """Let this be the official file of resnet18."""
+    monkeypatch.setitem(BACKBONES, "resnet18", dataclasses.replace(BACKBONES["resnet18"], weights=(url, md5)))
 
 
 def sha256(path):
@@ -74,7 +79,7 @@ def cache(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setitem(resnet.model_urls, "resnet18", (f"http://127.0.0.1:{port}/resnet18.pdparams", "0" * 32))
+    publish(monkeypatch, f"http://127.0.0.1:{port}/resnet18.pdparams", "0" * 32)
     monkeypatch.delenv(VARIABLE, raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -86,7 +91,7 @@ def load(cache, small_config, pictures):
     """`load(file)` is the backbone and its provenance."""
 
     def call(file=None, config=small_config):
-        backbone = ResNet18Features()
+        backbone = build_backbone("resnet18")
         provenance = load_backbone(backbone, config, str(file) if file else None, pictures)
         return backbone, provenance
 
@@ -260,7 +265,7 @@ def serve(cache, monkeypatch, tmp_path):
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
         url = f"http://127.0.0.1:{server.server_address[1]}/models/resnet18.pdparams"
-        monkeypatch.setitem(resnet.model_urls, "resnet18", (url, md5 or hashlib.md5(content).hexdigest()))
+        publish(monkeypatch, url, md5 or hashlib.md5(content).hexdigest())
         return requests
 
     yield start
@@ -307,7 +312,7 @@ def test_a_refused_connection_starts_offline_with_a_warning(load, cache, capsys)
         pytest.param(b"HTTP/1.1 302 Found\r\nLocation: nowhere://x\r\n\r\n", id="odd redirect"),
     ],
 )
-def test_whatever_a_server_answers_is_a_user_error(cache, monkeypatch, answer):
+def test_whatever_a_server_answers_is_a_user_error(cache, answer):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def reply():
@@ -319,9 +324,8 @@ def test_whatever_a_server_answers_is_a_user_error(cache, monkeypatch, answer):
         thread = threading.Thread(target=reply, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/resnet18.pdparams"
-        monkeypatch.setitem(resnet.model_urls, "resnet18", (url, "0" * 32))
         with pytest.raises(UserError, match="backbone weights"):
-            download_official(cache)
+            download_official(url, "0" * 32, cache)
         thread.join(5)
     assert not cache.exists()
 
@@ -342,9 +346,20 @@ def test_a_damaged_file_in_the_cache_does_not_stop_the_training(load, cache, cap
     assert cache.name in assert_offline(*load(), capsys)  # says which file is damaged
 
 
-def test_the_cache_is_paddles_own(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
+def test_the_official_file_is_the_one_that_paddle_knows_and_keeps(monkeypatch, tmp_path, name):
     monkeypatch.setattr(paddle.utils.download, "WEIGHTS_HOME", str(tmp_path))
-    assert official_file() == Path(tmp_path) / "resnet18.pdparams"
+    assert BACKBONES[name].weights == resnet.model_urls[name]
+    assert official_file(BACKBONES[name].weights[0]) == tmp_path / f"{name}.pdparams"
+
+
+def test_a_backbone_without_official_weights_starts_offline_at_once(monkeypatch, load, serve, tmp_path, capsys):
+    requests = serve()
+    monkeypatch.setitem(BACKBONES, "resnet18", dataclasses.replace(BACKBONES["resnet18"], weights=None))
+    assert_offline(*load(), capsys)
+    assert not requests
+    backbone, _ = load(write(tmp_path / "w.npz", weights(1)))
+    assert_holds(backbone, weights(1))
 
 
 # ---- the offline start
@@ -359,6 +374,6 @@ def test_the_offline_start_is_the_same_every_time(load, capsys):
 
 
 def test_the_offline_start_does_with_one_picture(small_config, cache, pictures, capsys):
-    backbone = ResNet18Features()
+    backbone = build_backbone("resnet18")
     assert load_backbone(backbone, small_config, None, pictures[:1])["source"] == OFFLINE
     assert np.isfinite(backbone(paddle.rand([1, 3, 32, 32]))[2].numpy()).all()

@@ -7,6 +7,7 @@ pictures that training did not see) and `average` (with a moving average of the 
 `model_state_dict` holds: the parameters that training goes on from).
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from utils.states import set_state
 # Settings that a training cannot change half-way.
 RESUME_KEYS = ("selection", "holdout", "ema_decay")
 # Settings that decide what the parameters mean.
-MODEL_KEYS = ("input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
+MODEL_KEYS = ("backbone_name", "input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
 
 
 def published_state(model: FastFlow) -> dict[str, np.ndarray]:
@@ -154,18 +155,24 @@ def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
 def _fill(model: FastFlow, config: Config, checkpoint: dict[str, Any], path: Path) -> None:
     """Fill the model, unless the checkpoint says that it was trained under other settings of the model."""
     trained = {**config.as_dict(), **checkpoint.get("config", {})}  # published files do not say
-    changed = [key for key in MODEL_KEYS if trained[key] != getattr(config, key)]
+    changed = [key for key in MODEL_KEYS if _meaning(key, trained[key]) != _meaning(key, getattr(config, key))]
     advice = "".join(
         f"; it was trained with {key} {trained[key]}, the config says {getattr(config, key)}" for key in changed
     )
     if changed:
-        advice += f": give -cfg {path.parent / 'config.yaml'} or -o {changed[0]}={trained[changed[0]]}"
+        overrides = " ".join("-o " + shlex.quote(f"{key}={trained[key]}") for key in changed)
+        advice += f": give -cfg {path.parent / 'config.yaml'} or {overrides}"
     try:
         set_published_state(model, checkpoint["model_state_dict"], str(path))
     except UserError as error:
         raise UserError(f"{error}{advice}") from error
     if changed:
         raise UserError(f"{path}: does not fit this config{advice}")
+
+
+def _meaning(key: str, value: Any) -> Any:
+    """What to compare of a setting: an `input_size` of one number is that of a square."""
+    return [value, value] if key == "input_size" and isinstance(value, int) else value
 
 
 def _flow_steps(model: FastFlow) -> list[tuple[str, FlowStep]]:

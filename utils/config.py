@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,16 +26,16 @@ class SelectionWeights:
 class Config:
     """Everything that decides a result. The comments in configs/resnet18.yaml say what each key means."""
 
-    backbone_name: Literal["resnet18"]
-    input_size: int
-    channels: list[int]
-    scales: list[int]
+    backbone_name: str  # models.backbone knows them
+    input_size: int | list[int]
     use_norm: bool
     momentum: float
     flow_step: int
     hidden_ratio: float
     conv3x3_only: bool
     clamp: float
+    channels: list[int] | None = None
+    scales: list[int] | None = None
     pretrained: Literal["imagenet", "offline"] = "imagenet"
     mask_rule: Literal["published", "half"] = "published"
     seed: int = 0
@@ -52,16 +53,21 @@ class Config:
     selection_weights: SelectionWeights = dataclasses.field(default_factory=SelectionWeights)
     log_interval: int = 10
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures that the model takes, in pixels."""
+        height, width = self.input_size if isinstance(self.input_size, list) else (self.input_size, self.input_size)
+        return height, width
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, as in the YAML file."""
         return dataclasses.asdict(self)
 
 
-# Channels and scales (input size / feature map size) of the feature maps that each backbone gives.
-BACKBONES = {"resnet18": ([64, 128, 256], [4, 8, 16])}
-# Keys that make no sense below a bound; every other number may be anything of its type.
+# Keys that make no sense below a bound, of a list each entry; every other number may be anything of its type.
 LOWEST = {
     "input_size": 32,
+    "scales": 1,
     "flow_step": 1,
     "epochs": 1,
     "batch_size": 1,
@@ -115,12 +121,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
 def parse_config(values: dict[str, Any], source: str) -> Config:
     """Check a plain dictionary and turn it into a Config; `source` starts the error message."""
     config = _build(Config, values, source, prefix="")
-    channels, scales = BACKBONES[config.backbone_name]
-    for key, value, own in (("channels", config.channels, channels), ("scales", config.scales, scales)):
-        if value != own:
-            raise UserError(f"{source}: {key} must be {own} with {config.backbone_name}, not {value}")
-    if int(min(config.channels) // 2 * config.hidden_ratio) < 1:
-        raise UserError(f"{source}: hidden_ratio {config.hidden_ratio} leaves no hidden channel")
+    if isinstance(config.input_size, list) and len(config.input_size) != 2:
+        raise UserError(f"{source}: input_size must be a whole number or [height, width], not {config.input_size}")
     if config.seed >= 2**63:
         raise UserError(f"{source}: seed must be below 2**63, not {config.seed}")
     if config.selection_weights.image + config.selection_weights.pixel <= 0:
@@ -175,6 +177,11 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
             raise refuse("a group of keys")
         return _build(type_, value, source, prefix=f"{key}.")
     origin = typing.get_origin(type_)
+    if origin is types.UnionType:  # of a list and one other
+        if value is None and types.NoneType in typing.get_args(type_):
+            return None
+        (type_,) = (t for t in typing.get_args(type_) if (typing.get_origin(t) is list) == isinstance(value, list))
+        return _check(type_, value, source, key)
     if origin is Literal:
         choices = typing.get_args(type_)
         if value not in choices:
@@ -187,15 +194,16 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
         return [_check(item, entry, source, f"{key}[{i}]") for i, entry in enumerate(value)]
     if type_ is float:
         value = _number(value)  # YAML reads 1e-3 as text
-    names = {bool: "True or False", int: "a whole number", float: "a number"}
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", types.NoneType: "a list"}
     if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
         raise refuse(names[type_])
     if type_ is float and not math.isfinite(value):
         raise refuse("a finite number")
-    if key in LOWEST and not value >= LOWEST[key]:  # not >=: refuses NaN too
-        raise refuse(f"at least {LOWEST[key]}")
-    if key in HIGHEST and value > HIGHEST[key]:
-        raise refuse(f"at most {HIGHEST[key]}")
+    bound = key.partition("[")[0]
+    if bound in LOWEST and not value >= LOWEST[bound]:  # not >=: refuses NaN too
+        raise refuse(f"at least {LOWEST[bound]}")
+    if bound in HIGHEST and value > HIGHEST[bound]:
+        raise refuse(f"at most {HIGHEST[bound]}")
     if key in POSITIVE and not value > 0:
         raise refuse("greater than 0")
     return value

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from datasets.mvtec import read_batches
 from deploy.imaging import normalise
 from deploy.runtime import available_memory, local_processes
+from models.backbone import feature_shapes
 
 CACHING_BATCH = 8  # pictures a pass
 
@@ -61,34 +62,34 @@ class FeatureCache:
     """
 
     def __init__(
-        self, backbone: nn.Layer, paths: Sequence[Path], input_size: int, budget: CacheBudget, description: str
+        self, backbone: nn.Layer, paths: Sequence[Path], size: tuple[int, int], budget: CacheBudget, description: str
     ) -> None:
-        """Read all pictures once, so that a damaged one shows here.
+        """Read all pictures once, resized to `size` = (H, W), so that a damaged one shows here.
 
         Raises:
             UserError: a picture cannot be read.
         """
-        self._backbone, self._paths, self._input_size = backbone, list(paths), input_size
-        shapes = [x.shape[1:] for x in backbone(paddle.zeros([1, 3, input_size, input_size]))]
-        size = 4 * len(paths) * sum(math.prod(shape) for shape in shapes)  # bytes of float32
-        picture_bytes = len(paths) * input_size * input_size * 3
+        self._backbone, self._paths, self._size = backbone, list(paths), size
+        shapes = feature_shapes(backbone, size)
+        feature_bytes = 4 * len(paths) * sum(math.prod(shape) for shape in shapes)  # of float32
+        picture_bytes = len(paths) * math.prod(size) * 3
         self._features: list[np.ndarray] | list[Tensor] = []
         self._pictures: np.ndarray | None = None
-        if 0 < size <= budget.device:
+        if 0 < feature_bytes <= budget.device:
             self.place = "device"
             self._features = [paddle.empty([len(paths), *shape]) for shape in shapes]
-            budget.device -= size
-        elif size <= budget.memory:
+            budget.device -= feature_bytes
+        elif feature_bytes <= budget.memory:
             self.place = "memory"
             self._features = [np.empty((len(paths), *shape), np.float32) for shape in shapes]
-            budget.memory -= size
-        elif size <= budget.disk and (file := _temporary_file(size)) is not None:
+            budget.memory -= feature_bytes
+        elif feature_bytes <= budget.disk and (file := _temporary_file(feature_bytes)) is not None:
             self.place = "file"
             self._features = _map_arrays(file, len(paths), shapes)
-            budget.disk -= size
+            budget.disk -= feature_bytes
         elif picture_bytes <= budget.memory:
             self.place = "pictures"
-            self._pictures = np.empty((len(paths), input_size, input_size, 3), np.uint8)
+            self._pictures = np.empty((len(paths), *size, 3), np.uint8)
             budget.memory -= picture_bytes
         else:
             self.place = "nothing"
@@ -105,7 +106,7 @@ class FeatureCache:
             return [paddle.to_tensor(maps[indices]) for maps in self._features]
         if self._pictures is not None:
             return self._compute(self._pictures[indices])
-        return self._compute(next(read_batches([self._paths[i] for i in indices], len(indices), self._input_size)))
+        return self._compute(next(read_batches([self._paths[i] for i in indices], len(indices), self._size)))
 
     def _compute(self, pictures: np.ndarray) -> list[Tensor]:
         """(B, H, W, 3) uint8 -> features, (B, C, h, w) per scale."""
@@ -114,7 +115,7 @@ class FeatureCache:
     def _fill(self, description: str) -> None:
         start = 0
         with tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False) as bar:
-            for pictures in read_batches(self._paths, CACHING_BATCH, self._input_size):
+            for pictures in read_batches(self._paths, CACHING_BATCH, self._size):
                 end = start + len(pictures)
                 if self._features:
                     for whole, part in zip(self._features, self._compute(pictures), strict=True):

@@ -80,12 +80,12 @@ class Anomalib:
         self._use(size)
         pictures = load_category(Path(data), category)
         tested = spread(pictures.test, test)
-        truth = load_ground_truth(tested, size, "published")
+        truth = load_ground_truth(tested, (size, size), "published")
         begun = time.perf_counter()
         self._model.train()
         order = torch.randperm(train).tolist()
         trained_on = spread(pictures.train, train)
-        for batch_read in read_batches([trained_on[i] for i in order], batch, size):
+        for batch_read in read_batches([trained_on[i] for i in order], batch, (size, size)):
             self._loss(*self._model(torch.from_numpy(normalise(batch_read)))).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -95,7 +95,7 @@ class Anomalib:
         pixel = AUROC(fields=["anomaly_map", "gt_mask"])
         done = 0
         with torch.inference_mode():
-            for batch_read in read_batches([picture.path for picture in tested], batch, size):
+            for batch_read in read_batches([picture.path for picture in tested], batch, (size, size)):
                 now = slice(done, done + len(batch_read))
                 found = SimpleNamespace(
                     **self._model(torch.from_numpy(normalise(batch_read)))._asdict(),

@@ -68,10 +68,8 @@ class Ours:
             image, pixel = [], []
             for start in range(0, count, EVALUATION_BATCH):
                 part = paddle.to_tensor(maps[start : start + EVALUATION_BATCH, None])
-                smoothing = self._model.smoothing
-                smoothed = paddle.matmul(paddle.matmul(smoothing, part), smoothing, transpose_y=True)
                 image.append(part.max(axis=[1, 2, 3]))
-                pixel.append(smoothed[:, 0])
+                pixel.append(self._model.smooth(part)[:, 0])
             aurocs.append(measure(Scores(paddle.concat(image).numpy(), paddle.concat(pixel).numpy()), truth))
 
         samples = repeat(once, seconds)
@@ -83,9 +81,9 @@ class Ours:
         optimizer = build_optimizer(model, config)
         pictures = load_category(Path(data), category)
         tested = spread(pictures.test, test)
-        truth = load_ground_truth(tested, config.input_size, config.mask_rule)
+        truth = load_ground_truth(tested, config.size, config.mask_rule)
         begun = time.perf_counter()
-        backbone, size, budget = model.feature_extractor, config.input_size, CacheBudget.from_options(None, None)
+        backbone, size, budget = model.feature_extractor, config.size, CacheBudget.from_options(None, None)
         train_features = FeatureCache(backbone, spread(pictures.train, train), size, budget, "train")
         test_features = FeatureCache(backbone, [picture.path for picture in tested], size, budget, "test")
         cached = time.perf_counter()

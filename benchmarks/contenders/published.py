@@ -82,7 +82,7 @@ class Published:
         optimizer = build_optimizer(model, config)
         pictures = load_category(Path(data), category)
         tested = spread(pictures.test, test)
-        truth = load_ground_truth(tested, config.input_size, config.mask_rule)
+        truth = load_ground_truth(tested, config.size, config.mask_rule)
         begun = time.perf_counter()
         train_epoch(model, optimizer, spread(pictures.train, train), batch)
         trained = time.perf_counter()
