@@ -1,23 +1,29 @@
 """Export: python deploy/export_model.py --exp_dir exp --category bottle -cfg configs/resnet18.yaml
---save_inference_dir ./results/inference
+--save_inference_dir ./results/inference --format all
 
-Writes `inference.json` (the program), `inference.pdiparams` (its parameters, backbone included) and `inference.yml`
-(all else that inference needs). The program takes normalised pictures (B, 3, H, W) float32, any B, and returns the
-anomaly map (B, 1, H, W), the smoothed map (B, 1, H, W) and the image score (B).
+Writes `inference.yml` (all that inference needs beside the program) and, by `--format`, Paddle's `inference.json` (the
+program) and `inference.pdiparams` (its parameters, backbone included), or `inference.onnx`, which carries the content
+of `inference.yml` as its metadata, or both. The program takes normalised pictures (B, 3, H, W) float32, any B, and
+returns the anomaly map (B, 1, H, W), the smoothed map (B, 1, H, W) and the image score (B).
 """
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository's root
 
+from deploy.backends import FILES
 from deploy.cli import UserError, run_main
 from deploy.files import make_folder
 from deploy.imaging import MEAN, STD
@@ -25,11 +31,17 @@ from utils.options import add_category, common_parser, start
 from utils.results import experiment_folder
 from utils.thresholds import PUBLISHED, load_thresholds
 
+OPSET = 13  # of ONNX: the first with all that the program needs in the form that newer ones have too
+OUTPUTS = ("anomaly_map", "smoothed_map", "image_score")
+
 
 def parse_args() -> argparse.Namespace:
     parser = common_parser("Turn the best checkpoint of a category into an inference model.")
     add_category(parser, "category whose checkpoint is exported")
     parser.add_argument("--save_inference_dir", default="./results/inference", help="written to (%(default)s)")
+    parser.add_argument(
+        "--format", choices=("paddle", "onnx", "all"), default="paddle", help="of what is written (%(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -39,9 +51,13 @@ def main() -> None:
 
     import paddle
 
+    from models.inference_form import InferenceForm
     from models.linear_maps import SMOOTHING_SIGMA
     from utils.checkpoint import load_model
 
+    versions = {"paddle": paddle.__version__}
+    if args.format != "paddle":
+        versions |= converter_versions()
     checkpoint_path = experiment_folder(args.exp_dir) / args.category / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path)
     thresholds = load_thresholds(checkpoint_path) or PUBLISHED
@@ -50,7 +66,7 @@ def main() -> None:
     description = {
         "category": args.category,
         "input_size": list(config.size),  # height, width
-        "resize": "bilinear",
+        "resize": "bilinear",  # of deploy.imaging.resize, whatever the shape of the picture
         "mean": list(MEAN),
         "std": list(STD),
         "smoothing_sigma": SMOOTHING_SIGMA,
@@ -58,25 +74,89 @@ def main() -> None:
         "pixel_threshold": thresholds.pixel,
         "threshold_rule": thresholds.rule,
         "checkpoint": str(checkpoint_path),
+        "checkpoint_sha256": sha256(checkpoint_path),
         "epoch": int(checkpoint["epoch"]),
         "backbone": checkpoint.get("backbone"),
-        "paddle": paddle.__version__,
+        "versions": versions,
     }
     # All files are made aside and then renamed, so that an export that fails leaves the one before as it was.
     aside = Path(tempfile.mkdtemp(dir=target, prefix=".export-"))
     try:
-        paddle.jit.save(paddle.jit.to_static(model, input_spec=[spec], full_graph=True), str(aside / "inference"))
-        description["sha256"] = {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(aside.iterdir())
-        }
+        program = paddle.jit.to_static(InferenceForm(model), input_spec=[spec], full_graph=True)
+        paddle.jit.save(program, str(aside / "inference"))
+        if args.format != "paddle":
+            write_onnx(aside, description)
+        if args.format == "onnx":
+            for name in FILES["paddle"]:
+                (aside / name).unlink()
+        description["sha256"] = {file.name: sha256(file) for file in sorted(aside.iterdir())}
         (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
-        for file in sorted(aside.iterdir()):
+        made = sorted(aside.iterdir())
+        for file in made:
             os.replace(file, target / file.name)
+        for name in {name for names in FILES.values() for name in names} - {file.name for file in made}:
+            (target / name).unlink(missing_ok=True)  # of an earlier export in another format
     except OSError as error:
         raise UserError(f"{target}: the export cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"inference model has been saved into {args.save_inference_dir}")
+
+
+def converter_versions() -> dict[str, str]:
+    """Versions of the packages that make the ONNX model.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    try:
+        return {name: metadata.version(name) for name in ("paddle2onnx", "onnx")}
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"--format: ONNX needs {error.name}; pip install -r requirements-deploy.txt") from error
+
+
+def write_onnx(folder: Path, description: dict[str, Any]) -> None:
+    """Convert the Paddle program in this folder to `inference.onnx` beside it, named, checked and described.
+
+    Raises:
+        UserError: Paddle2ONNX cannot convert it.
+    """
+    import onnx
+
+    program, parameters = FILES["paddle"]
+    command = [sys.executable, "-m", "paddle2onnx.command", "--model_dir", str(folder), "--model_filename", program]
+    command += ["--params_filename", parameters, "--save_file", str(folder / "inference.onnx")]
+    # The optimisers that Paddle2ONNX knows install packages, or are not there; the runtimes optimise for themselves.
+    command += ["--opset_version", str(OPSET), "--optimize_tool", "None"]
+    # A process of its own: the converter is chatty, and where it fails it may crash.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode or not (folder / "inference.onnx").is_file():
+        last = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UserError(f"--format: Paddle2ONNX cannot convert this model ({last})")
+    model = onnx.load(folder / "inference.onnx")
+    graph = model.graph
+    names = dict(zip((output.name for output in graph.output), OUTPUTS, strict=True))
+    for node in graph.node:
+        node.output[:] = [names.get(name, name) for name in node.output]
+        node.input[:] = [names.get(name, name) for name in node.input]
+    for value, name in zip(graph.output, OUTPUTS, strict=True):
+        value.name = name
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    used = {name for node in graph.node for name in node.input}
+    unused = [tensor for tensor in graph.initializer if tensor.name not in used]
+    for tensor in unused:
+        graph.initializer.remove(tensor)
+    onnx.helper.set_model_props(
+        model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
+    )
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, folder / "inference.onnx")
+
+
+def sha256(file: Path) -> str:
+    """Of the file's content, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

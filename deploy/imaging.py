@@ -114,9 +114,14 @@ def preprocess(
     return normalise(resize(picture, height, width)[None], mean, std)
 
 
+def label(score: float, threshold: float) -> str:
+    """`Anomaly` above the threshold, else `Normal`."""
+    return "Anomaly" if score > threshold else "Normal"
+
+
 def decision_line(score: float, threshold: float) -> str:
     """The published result line, for example `Normal - score:  0.614`."""
-    return f"{'Anomaly' if score > threshold else 'Normal'} - score:  {score:.3f}"
+    return f"{label(score, threshold)} - score:  {score:.3f}"
 
 
 def draw_result(

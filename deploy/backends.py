@@ -1,0 +1,210 @@
+"""The exported model in each runtime that can run it. In fp32 all of them give the same answer."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from deploy import runtime
+from deploy.cli import UserError, warn
+
+FILES = {
+    "paddle": ("inference.json", "inference.pdiparams"),
+    "onnxruntime": ("inference.onnx",),
+    "openvino": ("inference.onnx",),
+}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+
+class Backend(Protocol):
+    """An exported model, loaded."""
+
+    device: str  # cpu or gpu
+    version: str  # name and version of the runtime
+
+    def run(self, images: Any) -> list[Any]:
+        """(B, 3, H, W) float32 -> anomaly map (B, 1, H, W), smoothed map (B, 1, H, W), image score (B).
+
+        Raises:
+            UserError: the model is one for another size.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of a runtime; `threads` are those of the CPU."""
+
+    use_gpu: bool = False
+    threads: int = 1
+    precision: str = "fp32"
+    use_mkldnn: bool = True
+    use_tensorrt: bool = False
+    max_batch_size: int = 16
+
+
+def load_model(folder: Path, backend: str = "paddle", options: Options | None = None) -> Backend:
+    """The exported model of this folder in one of the runtimes of `FILES`.
+
+    Raises:
+        UserError: the runtime is not installed, cannot do what the options ask for, or cannot load the model.
+    """
+    options = options or Options()
+    if options.precision == "int8":
+        raise UserError("--precision int8: the exported model holds no quantised weights; use fp32, fp16 or bf16")
+    if options.use_tensorrt and backend != "paddle":
+        raise UserError(f"--use_tensorrt True: goes with --backend paddle, not {backend}")
+    classes: dict[str, Callable[[Path, Options], Backend]] = {
+        "paddle": PaddleModel,
+        "onnxruntime": OnnxRuntimeModel,
+        "openvino": OpenvinoModel,
+    }
+    try:
+        return classes[backend](folder, options)
+    except ImportError as error:
+        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
+        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
+
+
+class PaddleModel:
+    """Paddle Inference."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        import paddle
+        from paddle import inference
+
+        self.version = f"paddle {paddle.__version__}"
+        program, parameters = FILES["paddle"]
+        config = inference.Config(str(folder / program), str(folder / parameters))
+        config.enable_new_ir(True)  # without both of these enable_memory_optim fails on a PIR program
+        config.enable_new_executor(True)
+        config.enable_memory_optim()
+        config.disable_glog_info()
+        gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+        self.device = "gpu" if options.use_gpu and gpus else "cpu"
+        if options.use_tensorrt and self.device == "cpu":
+            raise UserError("--use_tensorrt True: needs --use_gpu True and a GPU that Paddle sees")
+        if options.use_gpu and not gpus:
+            warn("--use_gpu True: Paddle sees no GPU here; running on the CPU")
+        if self.device == "gpu":
+            self._configure_gpu(inference, config, options)
+        else:
+            self._configure_cpu(config, options)
+        try:
+            self._predictor = inference.create_predictor(config)
+        except Exception as error:  # Paddle raises its own kinds
+            raise UserError(f"{folder}: {self.version} cannot load this model ({error})") from error
+        self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
+
+    def _configure_gpu(self, inference: Any, config: Any, options: Options) -> None:
+        kinds = inference.PrecisionType
+        kind = {"fp32": kinds.Float32, "fp16": kinds.Half, "bf16": kinds.Bfloat16}[options.precision]
+        config.enable_use_gpu(256, 0, kind)  # MiB of memory taken at first, card
+        if options.use_tensorrt:
+            if inference.get_trt_compile_version() == (0, 0, 0):
+                raise UserError(f"--use_tensorrt True: {self.version} was built without TensorRT")
+            config.enable_tensorrt_engine(max_batch_size=options.max_batch_size, precision_mode=kind)
+
+    def _configure_cpu(self, config: Any, options: Options) -> None:
+        if options.precision != "fp32":
+            raise UserError(f"--precision {options.precision}: {self.version} has only fp32 on the CPU")
+        config.disable_gpu()
+        if options.use_mkldnn:
+            config.enable_mkldnn()
+        else:
+            config.disable_mkldnn()
+        config.set_cpu_math_library_num_threads(options.threads)
+
+    def run(self, images: Any) -> list[Any]:
+        """See `Backend`."""
+        self._input.reshape(images.shape)
+        self._input.copy_from_cpu(images)
+        try:
+            self._predictor.run()
+        except Exception as error:  # Paddle raises its own kinds
+            raise _wrong_size(images) from error
+        names = self._predictor.get_output_names()
+        return [self._predictor.get_output_handle(name).copy_to_cpu() for name in names]
+
+
+class OnnxRuntimeModel:
+    """ONNX Runtime, with CUDA where it has that."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        import onnxruntime
+
+        self.version = f"onnxruntime {onnxruntime.__version__}"
+        if options.precision != "fp32":
+            raise UserError(f"--precision {options.precision}: {self.version} runs the exported model in fp32 only")
+        gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        if options.use_gpu and not gpu:
+            warn("--use_gpu True: this ONNX Runtime has no CUDA; running on the CPU")
+        session = onnxruntime.SessionOptions()
+        session.intra_op_num_threads = options.threads
+        session.log_severity_level = 3  # errors
+        providers = ["CUDAExecutionProvider"] if options.use_gpu and gpu else []
+        file = folder / "inference.onnx"
+        try:
+            self._session = onnxruntime.InferenceSession(file, session, [*providers, "CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises its own kinds
+            raise UserError(f"{file}: {self.version} cannot load this model ({error})") from error
+        self.device = "gpu" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+
+    def run(self, images: Any) -> list[Any]:
+        """See `Backend`."""
+        try:
+            return self._session.run(None, {"images": images})
+        except Exception as error:  # ONNX Runtime raises its own kinds
+            raise _wrong_size(images) from error
+
+
+class OpenvinoModel:
+    """OpenVINO on the CPU."""
+
+    device = "cpu"
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        import openvino
+
+        self.version = f"openvino {openvino.__version__.partition('-')[0]}"
+        if options.use_gpu:
+            warn("--use_gpu True: OpenVINO runs on no NVIDIA GPU; running on the CPU")
+        core = openvino.Core()
+        kinds = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if options.precision.upper() not in kinds:
+            raise UserError(f"--precision {options.precision}: this CPU has none in {self.version}; use fp32")
+        settings = {
+            "INFERENCE_NUM_THREADS": options.threads,
+            "INFERENCE_PRECISION_HINT": options.precision.replace("fp", "f"),  # its own choice is bf16 where it can
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        file = folder / "inference.onnx"
+        try:
+            self._request = core.compile_model(file, "CPU", settings).create_infer_request()
+        except RuntimeError as error:
+            raise UserError(f"{file}: {self.version} cannot load this model ({error})") from error
+
+    def run(self, images: Any) -> list[Any]:
+        """See `Backend`."""
+        try:
+            results = self._request.infer([images])
+        except RuntimeError as error:
+            raise _wrong_size(images) from error
+        return [results[i] for i in range(3)]
+
+
+def set_up(backend: str, cpu_threads: int | None, verbose: bool) -> int:
+    """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
+
+    Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
+    """
+    if cpu_threads:
+        os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
+    if backend == "paddle":
+        return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
+    return int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+
+
+def _wrong_size(images: Any) -> UserError:
+    return UserError(f"the exported model cannot take pictures {images.shape}; export again")

@@ -1,0 +1,114 @@
+"""FastFlow as it is exported: the same numbers from fewer operators, of kinds that every runtime does well.
+
+A step of `models.fastflow.FlowStep` on x = [x1, x2] is here
+
+    h = relu(conv1(x1)),  a = conv_a(h),  t = conv_t(h),  x2 <- x2 exp(clamp tanh(a)) + t,  and the same for x1
+    [x1, x2] <- mix1([x1, x2]), mix2([x1, x2])
+
+conv_a and conv_t are the two halves of the subnet's second convolution, with the factor 0.1 in their weights: what
+comes out is not split. mix1 and mix2 are scale, offset and permutation as one 1x1 convolution per half, with one number
+other than 0 per output, which is exact. After the last step they are left out but for scale and offset: the score is a
+mean over the channels, whose order does not matter. Log-determinants are for training only and are left out.
+"""
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import functional as F
+
+from models.fastflow import FastFlow, Flow, FlowStep, per_location_score
+
+
+class InferenceForm(nn.Layer):
+    """What a trained FastFlow computes from pictures; it shares the backbone, norms and fixed maps with that."""
+
+    def __init__(self, model: FastFlow) -> None:
+        super().__init__()
+        self.feature_extractor, self.norms = model.feature_extractor, model.norms
+        self.resize, self.smooth = model.resize, model.smooth
+        self.flows = nn.LayerList([_Flow(flow) for flow in model.nf_flows])
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) -> anomaly map (B, 1, H, W), the same smoothed, image score (B)."""
+        maps = []
+        for i, x in enumerate(self.feature_extractor(images)):
+            x = self.norms[i](x) if self.norms else x
+            maps.append(self.resize[i](per_location_score(self.flows[i](x))))
+        anomaly_map = sum(maps) / len(maps)
+        return anomaly_map, self.smooth(anomaly_map), anomaly_map.max(axis=[1, 2, 3])
+
+
+class _Flow(nn.Layer):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        *first, last = flow.module_list
+        self.couplings = nn.LayerList([_Couplings(step) for step in flow.module_list])
+        self.mixings = nn.LayerList([_Mixing(step) for step in first])
+        self.register_buffer("scale", last.global_scale.detach())
+        self.register_buffer("offset", last.global_offset.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> z (B, C, H, W), its channels in another order than the flow's."""
+        x1, x2 = paddle.split(x, 2, axis=1)
+        for i, mixing in enumerate(self.mixings):
+            x1, x2 = mixing(self.couplings[i](x1, x2))
+        return self.couplings[-1](x1, x2) * self.scale + self.offset
+
+
+class _Couplings(nn.Layer):
+    """Both couplings of a step."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        self.clamp = step.clamp
+        conv1, _, conv2 = step.subnet
+        half = step.global_scale.shape[1] // 2
+        weight, bias = 0.1 * conv2.weight, 0.1 * conv2.bias
+        self.conv1 = _Convolution(conv1.weight, conv1.bias)
+        self.conv_a = _Convolution(weight[:half], bias[:half])
+        self.conv_t = _Convolution(weight[half:], bias[half:])
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Halves (B, C/2, H, W) -> both, coupled, (B, C, H, W)."""
+        x2 = self._couple(x1, x2)
+        return paddle.concat([self._couple(x2, x1), x2], axis=1)
+
+    def _couple(self, condition: Tensor, x: Tensor) -> Tensor:
+        h = F.relu(self.conv1(condition))
+        return x * paddle.exp(self.clamp * paddle.tanh(self.conv_a(h))) + self.conv_t(h)
+
+
+class _Mixing(nn.Layer):
+    """Scale, offset and permutation of a step, for each half of its result."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        scale, offset = (p.numpy().ravel() for p in (step.global_scale, step.global_offset))
+        permutation = step.permutation.numpy()
+        weight = np.zeros((len(scale), len(scale), 1, 1), np.float32)
+        weight[np.arange(len(scale)), permutation, 0, 0] = scale[permutation]
+        half = len(scale) // 2
+        rows = (slice(half), slice(half, None))
+        self.halves = nn.LayerList(
+            [_Convolution(paddle.to_tensor(weight[r]), paddle.to_tensor(offset[permutation][r])) for r in rows]
+        )
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> two halves (B, C/2, H, W)."""
+        first, second = self.halves
+        return first(y), second(y)
+
+
+class _Convolution(nn.Layer):
+    """A convolution with given weights (O, I, k, k), k odd, and bias (O) that keeps the picture's size."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.padding = weight.shape[2] // 2
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, O, H, W)."""
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
