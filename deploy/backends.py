@@ -181,16 +181,17 @@ class OpenvinoModel:
         }
         file = folder / "inference.onnx"
         try:
-            self._request = core.compile_model(file, "CPU", settings).create_infer_request()
+            model = core.compile_model(file, "CPU", settings)
         except RuntimeError as error:
             raise UserError(f"{file}: {self.version} cannot load this model ({error})") from error
+        self._size = [dimension.get_length() for dimension in list(model.input(0).partial_shape)[1:]]
+        self._request = model.create_infer_request()
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        try:
-            results = self._request.infer([images])
-        except RuntimeError as error:
-            raise _wrong_size(images) from error
+        if list(images.shape[1:]) != self._size:  # OpenVINO 2026.4 would read what is not there
+            raise _wrong_size(images)
+        results = self._request.infer([images])
         return [results[i] for i in range(3)]
 
 

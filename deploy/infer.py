@@ -81,6 +81,8 @@ def main() -> int:
     if args.save_json:
         make_folder(Path(args.save_json).parent)  # better said now than after all the work
     threads = set_up(args.backend, args.cpu_threads, args.verbose)
+    if args.use_mkldnn and "versions" not in description:
+        args.use_mkldnn = False  # Paddle with oneDNN crashes on the programs of older exports
     options = Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
     model = load_model(folder, args.backend, options)
 

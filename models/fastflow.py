@@ -129,7 +129,11 @@ class FeatureNorm(nn.BatchNorm2D):
 
 
 class BothAxes(nn.Layer):
-    """A fixed linear map of the rows and one of the columns: R A C^T for each map A."""
+    """A fixed linear map of the rows and one of the columns: R (A C^T) for each map A.
+
+    In this order: in (R A) C^T the outer matmul's left side comes from a matmul and its right side is constant; there
+    Paddle Inference 3.3.1 with oneDNN writes past its memory and crashes, at a batch of 8 for example.
+    """
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray) -> None:
         """R (H, h) and C (W, w)."""
@@ -139,7 +143,12 @@ class BothAxes(nn.Layer):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, 1, h, w) -> (B, 1, H, W)."""
-        return paddle.matmul(paddle.matmul(self.rows, maps), self.columns, transpose_y=True)
+        return paddle.matmul(self.rows, paddle.matmul(maps, self.columns, transpose_y=True))
+
+    def after(self, first: "BothAxes") -> "BothAxes":
+        """The map that does `first` and then this one."""
+        both = ((self.rows, first.rows), (self.columns, first.columns))
+        return BothAxes(*((b.numpy().astype(np.float64) @ a.numpy()).astype(np.float32) for b, a in both))
 
 
 class FastFlow(nn.Layer):

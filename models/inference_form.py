@@ -7,8 +7,9 @@ A step of `models.fastflow.FlowStep` on x = [x1, x2] is here
 
 conv_a and conv_t are the two halves of the subnet's second convolution, with the factor 0.1 in their weights: what
 comes out is not split. mix1 and mix2 are scale, offset and permutation as one 1x1 convolution per half, with one number
-other than 0 per output, which is exact. After the last step they are left out but for scale and offset: the score is a
-mean over the channels, whose order does not matter. Log-determinants are for training only and are left out.
+other than 0 per output, which is exact. After the last step scale and offset alone are left: the score's mean over the
+channels, another 1x1 convolution, does not ask for their order. Log-determinants are for training only and are left
+out. Smoothing is linear and so is the resize before it: one pair of matrices per scale does both.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from models.fastflow import FastFlow, Flow, FlowStep, per_location_score
+from models.fastflow import FastFlow, Flow, FlowStep
 
 
 class InferenceForm(nn.Layer):
@@ -25,21 +26,26 @@ class InferenceForm(nn.Layer):
     def __init__(self, model: FastFlow) -> None:
         super().__init__()
         self.feature_extractor, self.norms = model.feature_extractor, model.norms
-        self.resize, self.smooth = model.resize, model.smooth
+        self.resize = model.resize
+        self.resize_and_smooth = nn.LayerList([model.smooth.after(resize) for resize in model.resize])
         self.flows = nn.LayerList([_Flow(flow) for flow in model.nf_flows])
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (B, 3, H, W) -> anomaly map (B, 1, H, W), the same smoothed, image score (B)."""
-        maps = []
+        maps, smoothed = [], []
         for i, x in enumerate(self.feature_extractor(images)):
             x = self.norms[i](x) if self.norms else x
-            maps.append(self.resize[i](per_location_score(self.flows[i](x))))
+            score = self.flows[i](x)  # (B, 1, h, w)
+            maps.append(self.resize[i](score))
+            smoothed.append(self.resize_and_smooth[i](score))
         anomaly_map = sum(maps) / len(maps)
-        return anomaly_map, self.smooth(anomaly_map), anomaly_map.max(axis=[1, 2, 3])
+        return anomaly_map, sum(smoothed) / len(smoothed), anomaly_map.max(axis=[1, 2, 3])
 
 
 class _Flow(nn.Layer):
+    """A flow and `per_location_score` of what it gives."""
+
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         *first, last = flow.module_list
@@ -47,13 +53,16 @@ class _Flow(nn.Layer):
         self.mixings = nn.LayerList([_Mixing(step) for step in first])
         self.register_buffer("scale", last.global_scale.detach())
         self.register_buffer("offset", last.global_offset.detach())
+        channels = last.global_scale.shape[1]
+        self.exponent = _Convolution(paddle.full([1, channels, 1, 1], -0.5 / channels), paddle.zeros([1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> z (B, C, H, W), its channels in another order than the flow's."""
+        """(B, C, H, W) -> 1 - exp(-0.5 mean over channels of z^2), (B, 1, H, W)."""
         x1, x2 = paddle.split(x, 2, axis=1)
         for i, mixing in enumerate(self.mixings):
             x1, x2 = mixing(self.couplings[i](x1, x2))
-        return self.couplings[-1](x1, x2) * self.scale + self.offset
+        z = self.couplings[-1](x1, x2) * self.scale + self.offset  # its channels in another order than the flow's
+        return 1 - paddle.exp(self.exponent(paddle.square(z)))
 
 
 class _Couplings(nn.Layer):

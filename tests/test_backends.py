@@ -1,0 +1,325 @@
+"""The exported model: the same answer as the trained one, in every runtime."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+import yaml
+
+from deploy import backends
+from deploy.backends import FILES, Options, load_model
+from deploy.cli import UserError
+from deploy.imaging import label, list_images, preprocess, read_rgb
+from models.fastflow import FastFlow, per_location_score
+from models.inference_form import InferenceForm
+from utils.checkpoint import published_state, save_checkpoint
+from utils.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = [64, 96]
+TINY = ["input_size=[64,96]", "flow_step=2", "pretrained=offline"]
+OVERRIDES = [word for override in TINY for word in ("-o", override)]
+CONVERTER = find_spec("paddle2onnx") is not None and find_spec("onnx") is not None
+INSTALL = "pip install -r requirements-deploy.txt"
+needs_converter = pytest.mark.skipif(
+    not CONVERTER, reason="paddle2onnx and onnx: pip install -r requirements-deploy.txt"
+)
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name != "paddle" and not (CONVERTER and find_spec(name)),
+            reason=f"{name}, paddle2onnx and onnx: {INSTALL}",
+        ),
+    )
+    for name in FILES
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model with 2 flow steps whose scores lie between 0 and 1, in eval mode."""
+    random = np.random.default_rng(0)
+    paddle.seed(0)
+    model = FastFlow(load_config(ROOT / "configs/resnet18.yaml", TINY))
+    for name, parameter in model.named_parameters():
+        z = random.standard_normal(parameter.shape).astype(np.float32)
+        if name.endswith("global_scale"):
+            parameter.set_value(1 + 0.1 * z)
+        elif name.endswith(("global_offset", "subnet.0.bias", "subnet.2.bias")):
+            parameter.set_value(0.1 * z)
+    pictures = paddle.to_tensor(batch(8))
+    model.train()
+    for _ in range(60):
+        model(pictures)  # the norms learn the statistics of the features
+    model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """A folder with its checkpoint in results/exp and its export, in every format that can be made here."""
+    folder = tmp_path_factory.mktemp("exported")
+    save_checkpoint(
+        folder / "results/exp/bottle/best.pdparams", {"epoch": 3, "model_state_dict": published_state(model)}
+    )
+    export(folder, "all" if CONVERTER else "paddle", "model")
+    return folder
+
+
+def batch(count):
+    """Pictures of lite_data as the model takes them."""
+    paths = list_images(ROOT / "lite_data/bottle/test/*/*.png")
+    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, count).astype(int)]
+    return np.concatenate([preprocess(read_rgb(path), *SIZE) for path in chosen])
+
+
+def export(folder, kind, target, *options):
+    command = [sys.executable, ROOT / "deploy/export_model.py", "-cfg", ROOT / "configs/resnet18.yaml", *OVERRIDES]
+    command += ["-cat", "bottle", "--format", kind, "--save_inference_dir", folder / target, *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def infer(folder, *options, script=ROOT / "deploy/infer.py"):
+    command = [sys.executable, script, *map(str, options)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def expected(model, images):
+    with paddle.no_grad():
+        return [result.numpy() for result in model(paddle.to_tensor(images))]
+
+
+def program_operators(path):
+    """Names of the operators in an `inference.json`."""
+    names = set()
+
+    def collect(node):
+        if isinstance(node, dict):
+            names.add(node.get("#"))
+            node = list(node.values())
+        if isinstance(node, list):
+            for child in node:
+                collect(child)
+
+    collect(json.loads(path.read_text()))
+    return {name.removeprefix("1.") for name in names if isinstance(name, str) and name.startswith("1.")}
+
+
+@paddle.no_grad()
+def test_the_exported_form_computes_what_the_model_computes(model):
+    form = InferenceForm(model)
+    images = batch(3)
+    results = expected(model, images)
+    assert 0.2 < results[2].min() < results[2].max() < 0.99  # else agreement would say little
+    for actual, result in zip(form(paddle.to_tensor(images)), results, strict=True):
+        np.testing.assert_allclose(actual.numpy(), result, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [["flow_step=1"], ["use_norm=False"], ["conv3x3_only=False", "flow_step=3"]])
+@paddle.no_grad()
+def test_every_form_of_the_model_is_exported_exactly(change):
+    model = FastFlow(load_config(ROOT / "configs/resnet18.yaml", [*TINY, *change]))
+    model.eval()
+    features = model.feature_extractor(paddle.to_tensor(batch(2)))
+    for x, flow, exported_flow in zip(features, model.nf_flows, InferenceForm(model).flows, strict=True):
+        score = per_location_score(flow(0.1 * x)[0])
+        np.testing.assert_allclose(exported_flow(0.1 * x).numpy(), score.numpy(), rtol=0, atol=1e-5)
+
+
+def test_the_program_holds_nothing_of_training(exported):
+    operators = program_operators(exported / "model/inference.json")
+    assert {"conv2d", "exp", "tanh", "matmul"} <= operators
+    # log and sum are those of the log-determinant, index_select is a permutation, bilinear_interp breaks oneDNN
+    assert not operators & {"log", "sum", "index_select", "gather", "dropout", "bilinear_interp", "batch_norm"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mkldnn", [False, True])
+def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend, mkldnn):
+    if mkldnn and backend != "paddle":
+        pytest.skip("oneDNN is a choice of Paddle's")
+    loaded = load_model(exported / "model", backend, Options(threads=1, use_mkldnn=mkldnn))
+    assert loaded.device == "cpu"
+    threshold = float(np.median(expected(model, batch(8))[2]))
+    for count in (1, 3, 8, 1):
+        images = batch(count)
+        raw, smoothed, scores = loaded.run(images)
+        results = expected(model, images)
+        assert raw.shape == smoothed.shape == (count, 1, *SIZE)
+        assert scores.shape == (count,)
+        for actual, result in zip((raw, smoothed, scores), results, strict=True):
+            np.testing.assert_allclose(actual, result, rtol=0, atol=1e-4)
+        if count < 8:  # of 8 one lies on the median itself
+            labels = [label(score, threshold) for score in scores if abs(score - threshold) > 1e-4]
+            assert labels == [label(score, threshold) for score in results[2] if abs(score - threshold) > 1e-4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pictures_of_another_size_are_refused(exported, backend):
+    loaded = load_model(exported / "model", backend, Options(use_mkldnn=False))
+    with pytest.raises(UserError, match="export again"):
+        loaded.run(np.zeros((1, 3, 32, 32), np.float32))
+
+
+def test_the_description_tells_where_the_model_comes_from(exported):
+    description = yaml.safe_load((exported / "model/inference.yml").read_text())
+    assert description["input_size"] == SIZE
+    assert description["versions"]["paddle"] == paddle.__version__
+    assert set(description["sha256"]) == {p.name for p in (exported / "model").iterdir()} - {"inference.yml"}
+    assert len(description["checkpoint_sha256"]) == 64
+
+
+@needs_converter
+def test_the_onnx_model_carries_the_same(exported, tmp_path):
+    import onnx
+
+    model = onnx.load(exported / "model/inference.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    description = yaml.safe_load((exported / "model/inference.yml").read_text())
+    assert properties.pop("category") == description.pop("category") == "bottle"
+    del description["sha256"]  # of the file itself too
+    assert properties.keys() == description.keys() - {"category"}
+    for key, value in description.items():
+        assert properties[key] == value if isinstance(value, str) else json.loads(properties[key]) == value
+    assert [output.name for output in model.graph.output] == ["anomaly_map", "smoothed_map", "image_score"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+@needs_converter
+def test_an_export_leaves_nothing_of_another_format(exported):
+    for kind, files in (("paddle", FILES["paddle"]), ("onnx", FILES["openvino"])):
+        export(exported, kind, "formats")
+        assert {path.name for path in (exported / "formats").iterdir()} == {"inference.yml", *files}
+    done = infer(exported, "--save_inference_dir", "formats", "--image_path", ROOT / "images/bottle_good.png")
+    assert done.returncode == 2
+    assert "inference.json is missing" in done.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infer_needs_only_deploy_the_export_and_its_runtime(exported, backend, tmp_path):
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    shutil.copytree(exported / "model", tmp_path / "model")
+    blocked = ["sklearn", "skimage", "matplotlib", "paddle2onnx", "onnx", "models", "utils", "datasets"]
+    blocked += {"paddle", *FILES} - {backend}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {blocked!r}:\n"
+        "            raise ImportError(f'{name} is blocked')\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import sitecustomize; "]
+    command[2] += "import runpy; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command += ["deploy/infer.py", "--backend", backend, "--save_inference_dir", "model", "--output_dir", "drawings"]
+    command += ["--image_path", str(ROOT / "images/bottle_good.png"), "--benchmark", "True", "--cpu_threads", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "drawings/bottle_good.png.jpg").exists()
+    assert f"backend: {backend} " in done.stdout
+    assert "threads: 1" in done.stdout
+
+
+def test_results_as_json_lines(exported, tmp_path):
+    for name in ("000", "001", "002"):
+        shutil.copy(ROOT / f"lite_data/bottle/test/good/{name}.png", tmp_path)
+    (tmp_path / "001.png").write_bytes((tmp_path / "001.png").read_bytes()[:5000])
+    options = ("--save_inference_dir", "model", "--image_path", tmp_path, "--batch_size", 2)
+    done = infer(exported, *options, "--image_threshold", "0.5", "--save_json", "out/results.jsonl")
+    assert done.returncode == 2
+    lines = [json.loads(line) for line in (exported / "out/results.jsonl").read_text().splitlines()]
+    by_name = {Path(line["path"]).name: line for line in lines}
+    assert len(lines) == 3
+    assert set(by_name["001.png"]) == {"path", "error"}
+    for name in ("000.png", "002.png"):
+        line = by_name[name]
+        assert set(line) == {"path", "score", "label", "threshold"}
+        assert line["threshold"] == 0.5
+        assert line["label"] == label(line["score"], 0.5)
+        assert f"{name}  {line['label']} - score:  {line['score']:.3f}\n" in done.stdout
+
+
+def test_the_benchmark_report(exported):
+    options = ("--save_inference_dir", "model", "--image_path", ROOT / "lite_data/bottle/test/good", "--batch_size", 3)
+    done = infer(exported, *options, "--benchmark", "True", "--warmup", 1, "--cpu_threads", 1)
+    report = done.stdout.split("backend: ")[1].splitlines()
+    assert (
+        report[0]
+        == f"paddle {paddle.__version__}, device: cpu, precision: fp32, batch_size: 3, threads: 1, pictures: 8"
+    )
+    for line, stage in zip(report[1:], ("preprocess", "inference", "postprocess", "total"), strict=False):
+        name, _, figures = line.partition(": ")
+        assert name == f"{stage}_time(ms)"
+        values = dict(part.split() for part in figures.split(", "))
+        assert set(values) == {"mean", "p50", "p95"}
+        assert 0 < float(values["p50"]) <= float(values["p95"])
+    assert float(report[6].removeprefix("cpu_memory_peak(MB): ")) > 10
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("paddle", Options(precision="int8"), "--precision int8"),
+        ("paddle", Options(precision="bf16"), "--precision bf16"),
+        ("paddle", Options(use_tensorrt=True), "--use_tensorrt True"),
+        ("openvino", Options(use_tensorrt=True), "--use_tensorrt True"),
+        ("onnxruntime", Options(precision="fp16"), "--precision fp16"),
+    ],
+)
+def test_what_a_runtime_cannot_do_is_refused(exported, backend, options, message):
+    if not find_spec(backend):
+        pytest.skip(f"{backend}: {INSTALL}")
+    with pytest.raises(UserError, match=message):
+        load_model(exported / "model", backend, options)
+
+
+def test_a_runtime_that_is_not_installed(exported, monkeypatch):
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=rf"--backend {name}.*requirements-deploy\.txt"):
+            load_model(exported / "model", name)
+
+
+def test_a_converter_that_is_not_installed(monkeypatch):
+    from deploy import export_model
+
+    def missing(name):
+        raise export_model.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(export_model.metadata, "version", missing)
+    with pytest.raises(UserError, match=r"paddle2onnx; pip install -r requirements-deploy\.txt"):
+        export_model.converter_versions()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_openvino_in_half_precision_where_the_cpu_has_it(model, exported, precision):
+    openvino = pytest.importorskip("openvino", reason=f"openvino: {INSTALL}")
+    if not CONVERTER:
+        pytest.skip(f"paddle2onnx and onnx: {INSTALL}")
+    options = Options(threads=1, precision=precision)
+    if precision.upper() not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(UserError, match=f"--precision {precision}"):
+            load_model(exported / "model", "openvino", options)
+        return
+    images = batch(3)
+    scores = load_model(exported / "model", "openvino", options).run(images)[2]
+    np.testing.assert_allclose(scores, expected(model, images)[2], atol=0.05)
+
+
+def test_the_number_of_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert backends.set_up("openvino", None, False) == 5
+    assert backends.set_up("openvino", 3, False) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(backends.runtime, "available_cores", lambda: 7)
+    assert backends.set_up("onnxruntime", None, False) == 7
