@@ -44,7 +44,7 @@ class Options:
     max_batch_size: int = 16
 
 
-def load_model(folder: Path, backend: str = "paddle", options: Options | None = None) -> Backend:
+def load_exported(folder: Path, backend: str = "paddle", options: Options | None = None) -> Backend:
     """The exported model of this folder in one of the runtimes of `FILES`.
 
     Raises:

@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
-from deploy.backends import FILES, PRECISIONS, Options, load_model, set_up
+from deploy.backends import FILES, PRECISIONS, Options, load_exported, set_up
 from deploy.cli import (
     ArgumentParser,
     UserError,
@@ -84,7 +84,7 @@ def main() -> int:
     if args.use_mkldnn and "versions" not in description:
         args.use_mkldnn = False  # Paddle with oneDNN crashes on the programs of older exports
     options = Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
-    model = load_model(folder, args.backend, options)
+    model = load_exported(folder, args.backend, options)
 
     import numpy as np
 

@@ -13,8 +13,9 @@ from paddle import nn
 from paddle.vision import models as vision
 
 from deploy import export_model
+from deploy.backends import load_exported
 from deploy.cli import UserError
-from deploy.infer import Model, read_description
+from deploy.infer import read_description
 from models import backbone as registry
 from models.backbone import BACKBONES, Backbone, build_backbone, feature_shapes
 from models.fastflow import FastFlow
@@ -141,7 +142,7 @@ def test_the_exported_model_gives_the_same_maps(trained, saved, monkeypatch):
     with paddle.no_grad():
         expected = [output.numpy() for output in trained.model(paddle.to_tensor(images))]
     assert 0.1 < expected[0].mean() < 0.9
-    for actual, output in zip(Model(folder, use_gpu=False, threads=2).run(images), expected, strict=True):
+    for actual, output in zip(load_exported(folder).run(images), expected, strict=True):
         np.testing.assert_allclose(actual, output, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deploy import backends
-from deploy.backends import FILES, Options, load_model
+from deploy.backends import FILES, Options, load_exported
 from deploy.cli import UserError
 from deploy.imaging import label, list_images, preprocess, read_rgb
 from models.fastflow import FastFlow, per_location_score
@@ -147,7 +147,7 @@ def test_the_program_holds_nothing_of_training(exported):
 def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend, mkldnn):
     if mkldnn and backend != "paddle":
         pytest.skip("oneDNN is a choice of Paddle's")
-    loaded = load_model(exported / "model", backend, Options(threads=1, use_mkldnn=mkldnn))
+    loaded = load_exported(exported / "model", backend, Options(threads=1, use_mkldnn=mkldnn))
     assert loaded.device == "cpu"
     threshold = float(np.median(expected(model, batch(8))[2]))
     for count in (1, 3, 8, 1):
@@ -165,7 +165,7 @@ def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pictures_of_another_size_are_refused(exported, backend):
-    loaded = load_model(exported / "model", backend, Options(use_mkldnn=False))
+    loaded = load_exported(exported / "model", backend, Options(use_mkldnn=False))
     with pytest.raises(UserError, match="export again"):
         loaded.run(np.zeros((1, 3, 32, 32), np.float32))
 
@@ -280,14 +280,14 @@ def test_what_a_runtime_cannot_do_is_refused(exported, backend, options, message
     if not find_spec(backend):
         pytest.skip(f"{backend}: {INSTALL}")
     with pytest.raises(UserError, match=message):
-        load_model(exported / "model", backend, options)
+        load_exported(exported / "model", backend, options)
 
 
 def test_a_runtime_that_is_not_installed(exported, monkeypatch):
     for name in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=rf"--backend {name}.*requirements-deploy\.txt"):
-            load_model(exported / "model", name)
+            load_exported(exported / "model", name)
 
 
 def test_a_converter_that_is_not_installed(monkeypatch):
@@ -309,10 +309,10 @@ def test_openvino_in_half_precision_where_the_cpu_has_it(model, exported, precis
     options = Options(threads=1, precision=precision)
     if precision.upper() not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         with pytest.raises(UserError, match=f"--precision {precision}"):
-            load_model(exported / "model", "openvino", options)
+            load_exported(exported / "model", "openvino", options)
         return
     images = batch(3)
-    scores = load_model(exported / "model", "openvino", options).run(images)[2]
+    scores = load_exported(exported / "model", "openvino", options).run(images)[2]
     np.testing.assert_allclose(scores, expected(model, images)[2], atol=0.05)
 
 

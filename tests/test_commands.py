@@ -18,7 +18,7 @@ import sklearn.metrics
 import yaml
 from PIL import Image
 
-from deploy.backends import load_model
+from deploy.backends import load_exported
 from deploy.imaging import decision_line, preprocess, read_rgb
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -627,7 +627,7 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
     inferred = empty.succeed("deploy/infer.py", "--image_path", picture).stdout
     assert inferred.strip() == predicted
     batch = preprocess(read_rgb(picture), 64, 96)
-    raw, smoothed, score = load_model(folder).run(batch)
+    raw, smoothed, score = load_exported(folder).run(batch)
     assert raw.shape == smoothed.shape == (1, 1, 64, 96)
     assert decision_line(score.item(), 0.8) == predicted
     quarters = smoothed.reshape(2, 32, 2, 48).mean(axis=(1, 3))
