@@ -119,7 +119,7 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
     """Convert the Paddle program in this folder to `inference.onnx` beside it, named, checked and described.
 
     Raises:
-        UserError: Paddle2ONNX cannot convert it.
+        UserError: Paddle2ONNX cannot convert it, or makes no valid ONNX of it.
     """
     import onnx
 
@@ -150,7 +150,10 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
     onnx.helper.set_model_props(
         model, {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
     )
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise UserError(f"--format: Paddle2ONNX made a model that is no valid ONNX ({error})") from error
     onnx.save(model, folder / "inference.onnx")
 
 

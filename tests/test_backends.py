@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from deploy import backends
+from deploy import infer as infer_script
 from deploy.backends import FILES, Options, load_exported
 from deploy.cli import UserError
 from deploy.imaging import label, list_images, preprocess, read_rgb
@@ -143,11 +144,16 @@ def test_the_program_holds_nothing_of_training(exported):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mkldnn", [False, True])
-def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend, mkldnn):
-    if mkldnn and backend != "paddle":
-        pytest.skip("oneDNN is a choice of Paddle's")
-    loaded = load_exported(exported / "model", backend, Options(threads=1, use_mkldnn=mkldnn))
+def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend):
+    check(model, load_exported(exported / "model", backend, Options(threads=1)))
+
+
+def test_paddle_without_onednn_agrees_too(model, exported):
+    check(model, load_exported(exported / "model", "paddle", Options(threads=1, use_mkldnn=False)))
+
+
+def check(model, loaded):
+    """The loaded model gives what the trained one gives, at batches that change."""
     assert loaded.device == "cpu"
     threshold = float(np.median(expected(model, batch(8))[2]))
     for count in (1, 3, 8, 1):
@@ -247,6 +253,22 @@ def test_results_as_json_lines(exported, tmp_path):
         assert line["threshold"] == 0.5
         assert line["label"] == label(line["score"], 0.5)
         assert f"{name}  {line['label']} - score:  {line['score']:.3f}\n" in done.stdout
+
+
+def test_onednn_is_on_but_for_exports_of_before(exported, tmp_path, monkeypatch):
+    older = shutil.copytree(exported / "model", tmp_path / "older")
+    description = yaml.safe_load((older / "inference.yml").read_text())
+    del description["versions"]
+    (older / "inference.yml").write_text(yaml.safe_dump(description))
+    asked = []
+    monkeypatch.setattr(
+        infer_script, "load_exported", lambda *options: asked.append(options[2]) or load_exported(*options)
+    )
+    for folder in (exported / "model", older):
+        picture = str(ROOT / "images/bottle_good.png")
+        monkeypatch.setattr(sys, "argv", ["infer.py", "--save_inference_dir", str(folder), "--image_path", picture])
+        assert infer_script.main() == 0
+    assert [options.use_mkldnn for options in asked] == [True, False]
 
 
 def test_the_benchmark_report(exported):
