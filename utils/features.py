@@ -32,7 +32,7 @@ class CacheBudget:
 
     @classmethod
     def from_options(
-        cls, memory_gib: float | None, disk_gib: float | None, device_gib: float | None = None
+        cls, memory_gib: float | None, disk_gib: float | None, device_gib: float | None
     ) -> "CacheBudget":
         """Limits in GiB; None is half of what is free now, in main memory or in the folder of temporary files.
 
