@@ -685,6 +685,16 @@ def test_bad_options_of_train(empty, options, word):
     assert not list(empty.folder.glob("results/**/*.pdparams"))
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("vgg", "resnet18, resnet34"), ("resnet50", "channels must be [256, 512, 1024] with resnet50")],
+)
+def test_a_backbone_that_does_not_fit_is_noticed_before_anything_is_written(empty, name, line):
+    options = ("-cfg", "configs/resnet18.yaml", "--data", "lite_data", "-cat", "bottle", *TINY)
+    assert line in empty.fail("train.py", *options, "-o", f"backbone_name={name}")
+    assert not (empty.folder / "results").exists()
+
+
 @pytest.mark.parametrize("damage", ["corrupt picture", "missing mask", "no test pictures"])
 def test_bad_data_damages_no_earlier_result(workplace, tmp_path, damage):
     shutil.copytree(ROOT / "lite_data/bottle", tmp_path / "data/bottle")
