@@ -212,6 +212,7 @@ def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Th
     label = f"threshold {thresholds.image:.3f} ({thresholds.rule})"
     axes.axvline(thresholds.image, color="black", linestyle=":", label=label)
     axes.set(xlabel="image score", ylabel="pictures")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     axes.grid(alpha=0.3)
     write_figure(path, picture)
