@@ -98,7 +98,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
     if by_quantile:
         calibration = calibrate_quantile(held_out[0].parent, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE)
     else:
-        calibration = calibrate_f1(Path(args.data) / name / "test", figures, truth)
+        calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED
     epoch = int(checkpoint["epoch"])
 
