@@ -303,8 +303,9 @@ def test_eval_stores_thresholds_that_give_the_f1s_of_the_table(workplace):
     done = workplace.evaluate("exp")
     stored, figures = workplace.thresholds("exp"), workplace.result("exp")
     assert stored["rule"] == "f1"
+    assert stored["pixel_threshold"] == figures["pixel_f1_threshold"]
+    assert stored["image_threshold"] < figures["image_f1_threshold"]  # half-way down to the next score
     for kind in ("image", "pixel"):
-        assert stored[f"{kind}_threshold"] == figures[f"{kind}_f1_threshold"]
         assert stored["figures"][f"{kind}_f1"] == pytest.approx(figures[f"{kind}_f1_max"], abs=1e-12)
     assert (stored["figures"]["good_test_pictures"], stored["figures"]["defect_test_pictures"]) == (8, 18)
     assert stored["data"] == {"folder": "lite_data/bottle/test", "pictures": 26, "defects": 18}
@@ -575,7 +576,7 @@ def test_own_category_without_masks(empty, tmp_path):
     result = empty.result("exp", "my part")
     assert result["pixel_auroc"] is result["pixel_f1_threshold"] is result["aupro"] is None
     thresholds = empty.thresholds("exp", "my part")
-    assert thresholds["image_threshold"] == result["image_f1_threshold"]
+    assert thresholds["image_threshold"] < result["image_f1_threshold"]
     assert (thresholds["pixel_threshold"], thresholds["pixel_rule"]) == (0.8, "published")
 
 
@@ -618,20 +619,22 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
     assert panel["pixel_auroc"] > 0.9
 
     picture = wide_pictures / "panel/test/spot/0.bmp"
-    predicted = empty.succeed("predict.py", *model, "--image_path", picture).stdout.splitlines()[0]
+    said, predicted, _ = empty.succeed("predict.py", *model, "--image_path", picture).stdout.splitlines()
+    assert said.startswith("thresholds: ")
     with Image.open(empty.folder / "results/exp/panel/result.jpg") as drawing:
         width, height = drawing.size
     assert width / 3 / (height - 40) == pytest.approx(200 / 120, rel=0.01)  # three panels below a caption
 
     empty.succeed("deploy/export_model.py", *model)
     folder = empty.folder / "results/inference"
-    assert yaml.safe_load((folder / "inference.yml").read_text())["input_size"] == [64, 96]
+    description = yaml.safe_load((folder / "inference.yml").read_text())
+    assert description["input_size"] == [64, 96]
     inferred = empty.succeed("deploy/infer.py", "--image_path", picture).stdout
     assert inferred.strip() == predicted
     batch = preprocess(read_rgb(picture), 64, 96)
     raw, smoothed, score = Model(folder, use_gpu=False, threads=2).run(batch)
     assert raw.shape == smoothed.shape == (1, 1, 64, 96)
-    assert decision_line(score.item(), 0.8) == predicted
+    assert decision_line(score.item(), description["image_threshold"]) == predicted
     quarters = smoothed.reshape(2, 32, 2, 48).mean(axis=(1, 3))
     assert quarters.argmax() == 1  # the upper right one, where the spots are
 
