@@ -7,7 +7,7 @@ from typing import Any
 from datasets.mvtec import list_categories, load_category, load_ground_truth
 from deploy.cli import UserError, report_error, run_main, share
 from utils.config import Config
-from utils.options import add_category, add_data, common_parser, start
+from utils.options import add_cache, add_category, add_data, common_parser, start
 from utils.report import draw_evaluation, print_table, save_maps, write_results
 from utils.results import UNSTATED, experiment_folder
 from utils.thresholds import (
@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = common_parser("Figures of trained categories, and the thresholds that their decisions use.")
     add_category(parser, "name of a category's folder under --data, or all")
     add_data(parser)
+    add_cache(parser)
     parser.add_argument("--is_last", action="store_true", help="the last checkpoint instead of the best one")
     parser.add_argument("--all_metrics", action="store_true", help="print all figures, not only the AUROCs")
     parser.add_argument("--save_maps", action="store_true", help="write what the figures are made of to maps.npz")
@@ -88,7 +89,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
     truth = load_ground_truth(category.test, config.size, config.mask_rule)
 
     def score(pictures: list[Path]) -> Scores:
-        budget = CacheBudget.from_options(None, None)
+        budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
         return score_images(model, FeatureCache(model.feature_extractor, pictures, config.size, budget, name))
 
     paths = [image.path for image in category.test]
@@ -97,7 +98,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
     if by_quantile:
         calibration = calibrate_quantile(held_out[0].parent, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE)
     else:
-        calibration = calibrate_f1(Path(args.data) / name / "test", figures, truth)
+        calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED
     epoch = int(checkpoint["epoch"])
 

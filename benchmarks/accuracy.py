@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.__main__ import describe_machine
 from benchmarks.inputs import ROOT
 from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import write_text, write_whole
+from deploy.files import write_text
+from utils.plots import blank_figure, write_figure
 
 CONFIGS = ("resnet18", "resnet18_stable")
 
@@ -86,11 +87,7 @@ def command(*words: str) -> None:
 
 def draw(path: Path, runs: list[dict[str, Any]], category: str) -> None:
     """Image and pixel AUROC over the epochs, a colour a configuration, a line a seed, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(11, 4)
     configs = list(dict.fromkeys(run["config"] for run in runs))
     for axes, kind in zip(figure.subplots(1, 2), ("image", "pixel"), strict=True):
         for run in runs:
@@ -106,7 +103,7 @@ def draw(path: Path, runs: list[dict[str, Any]], category: str) -> None:
         axes.set(title=f"{category}: {kind} AUROC on the test set", xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    write_whole(path, lambda name: figure.savefig(name, dpi=100))
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,6 @@ def test_a_cpu_has_no_memory_of_its_own():
 
 def test_budget_from_options(monkeypatch):
     monkeypatch.setattr("utils.features.available_memory", lambda: 1000)
-    assert CacheBudget.from_options(None, 2).memory == 500
-    assert CacheBudget.from_options(0.5, 2) == CacheBudget(2**29, 2**31)
-    assert CacheBudget.from_options(0, None).disk > 0
+    assert CacheBudget.from_options(None, 2, None).memory == 500
+    assert CacheBudget.from_options(0.5, 2, None) == CacheBudget(2**29, 2**31)
+    assert CacheBudget.from_options(0, None, None).disk > 0

@@ -123,9 +123,10 @@ def measured():
 
 
 def test_f1_takes_the_best_thresholds_of_the_test_set(measured):
-    calibration = calibrate_f1(Path("test"), measure_all(*measured), measured[1])
-    just_below = [np.nextafter(np.float32(x), np.float32(0)) for x in (0.5, 0.4)]
-    assert calibration.thresholds == Thresholds(*map(float, just_below), "f1", "f1")
+    calibration = calibrate_f1(Path("test"), measure_all(*measured), *measured)
+    half_way = (float(np.float32(0.3)) + 0.5) / 2  # the highest that is rejected and the lowest that is accepted
+    just_below = float(np.nextafter(np.float32(0.4), np.float32(0)))
+    assert calibration.thresholds == Thresholds(half_way, just_below, "f1", "f1")
     assert (calibration.pictures, calibration.defects, calibration.false_alarm_rate) == (5, 2, None)
     assert outcome(calibration.thresholds, *measured) == {
         "image_f1": 4 / 5,
@@ -140,17 +141,17 @@ def test_f1_takes_the_best_thresholds_of_the_test_set(measured):
 def test_without_masks_the_pixel_threshold_stays_the_published_one(measured):
     scores, truth = measured
     truth = GroundTruth(truth.labels, None)
-    thresholds = calibrate_f1(Path("test"), measure_all(scores, truth), truth).thresholds
+    thresholds = calibrate_f1(Path("test"), measure_all(scores, truth), scores, truth).thresholds
     assert (thresholds.pixel, thresholds.rule, thresholds.pixel_rule) == (0.8, "f1", "published")
     assert outcome(thresholds, scores, truth)["pixel_f1"] is None
-    assert thresholds.describe() == "image 0.500 (f1), pixel 0.800 (published)"
+    assert thresholds.describe() == "image 0.400 (f1), pixel 0.800 (published)"
 
 
 @pytest.mark.parametrize("kept", [slice(0, 3), slice(3, 5), slice(0, 0)], ids=["no defects", "no good", "nothing"])
 def test_f1_needs_both_kinds_of_pictures(measured, kept, capsys):
     scores, truth = Scores(measured[0].image[kept], measured[0].pixel[kept]), measured[1]
     truth = GroundTruth(truth.labels[kept], truth.masks[kept])
-    assert calibrate_f1(Path("data/part/test"), measure_all(scores, truth), truth) is None
+    assert calibrate_f1(Path("data/part/test"), measure_all(scores, truth), scores, truth) is None
     (line,) = capsys.readouterr().err.splitlines()
     assert "--threshold_rule quantile" in line
     assert "data/part/test" in line
@@ -171,7 +172,7 @@ def stored(tmp_path, measured):
     """A checkpoint and its thresholds: the checkpoint's path and the calibration."""
     checkpoint = tmp_path / "best.pdparams"
     checkpoint.write_bytes(b"weights")
-    calibration = calibrate_f1(Path("数据/part/test"), measure_all(*measured), measured[1])
+    calibration = calibrate_f1(Path("数据/part/test"), measure_all(*measured), *measured)
     path = write_thresholds(checkpoint, 7, calibration, outcome(calibration.thresholds, *measured))
     assert path == tmp_path / "thresholds.yaml"
     return checkpoint, calibration

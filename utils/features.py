@@ -31,9 +31,7 @@ class CacheBudget:
     device: float = 0.0
 
     @classmethod
-    def from_options(
-        cls, memory_gib: float | None, disk_gib: float | None, device_gib: float | None = None
-    ) -> "CacheBudget":
+    def from_options(cls, memory_gib: float | None, disk_gib: float | None, device_gib: float | None) -> "CacheBudget":
         """Limits in GiB; None is half of what is free now, in main memory or in the folder of temporary files.
 
         Processes that train together on one machine share that half. On a GPU None is a quarter of its memory, of

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from deploy.files import write_text, write_whole
+from deploy.files import write_text
 from utils.config import Config
+from utils.plots import blank_figure, write_figure
 from utils.results import figure
 
 
@@ -88,13 +88,8 @@ def write_csv(path: Path, history: Sequence[EpochRow]) -> None:
 
 def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
     """Loss, and the AUROCs where they were measured, over the epochs, as PNG."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # its first run tells of its font cache
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import and needed once
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(canvas)
-    left, right = canvas.subplots(1, 2)
+    picture = blank_figure(10, 4)
+    left, right = picture.subplots(1, 2)
     left.plot([row.epoch for row in history], [row.loss for row in history], marker=".", label="training")
     held_out = [row for row in history if row.val_loss is not None]
     if held_out:
@@ -115,4 +110,4 @@ def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
         right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    write_whole(path, lambda name: canvas.savefig(name, dpi=100))
+    write_figure(path, picture)

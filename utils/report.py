@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,11 @@ from deploy.cli import warn
 from deploy.files import write_text, write_whole
 from deploy.imaging import draw_result, read_rgb, write_picture
 from utils.metrics import roc_curve
+from utils.plots import blank_figure, write_figure
 from utils.results import describe_backbone, describe_selection, figure
 from utils.thresholds import Thresholds
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # slow to import, and needed for the pictures only
-
     from utils.evaluation import Scores  # imports paddle, which scripts must set up before
 
 Row = Mapping[str, Any]  # one category's entry in eval.json
@@ -186,7 +184,7 @@ def draw_roc(path: Path, scores: "Scores", truth: GroundTruth, figures: Row) -> 
     curves = {"image": (scores.image, truth.labels)}
     if truth.masks is not None:
         curves["pixel"] = (scores.pixel, truth.masks)
-    picture = _blank_figure(5, 5)
+    picture = blank_figure(5, 5)
     axes = picture.subplots()
     for name, (values, labels) in curves.items():
         curve = roc_curve(values, labels)
@@ -198,7 +196,7 @@ def draw_roc(path: Path, scores: "Scores", truth: GroundTruth, figures: Row) -> 
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    write_whole(path, lambda name: picture.savefig(name, dpi=100))
+    write_figure(path, picture)
 
 
 def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Thresholds) -> None:
@@ -206,7 +204,7 @@ def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Th
     if not len(scores.image):
         path.unlink(missing_ok=True)
         return
-    picture = _blank_figure(7, 4)
+    picture = blank_figure(7, 4)
     axes = picture.subplots()
     bins = np.linspace(float(scores.image.min()), float(scores.image.max()) + 1e-6, 31)  # never of width 0
     for name, of in (("good", ~truth.labels), ("defect", truth.labels)):
@@ -214,20 +212,10 @@ def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Th
     label = f"threshold {thresholds.image:.3f} ({thresholds.rule})"
     axes.axvline(thresholds.image, color="black", linestyle=":", label=label)
     axes.set(xlabel="image score", ylabel="pictures")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     axes.grid(alpha=0.3)
-    write_whole(path, lambda name: picture.savefig(name, dpi=100))
-
-
-def _blank_figure(width: float, height: float) -> "Figure":
-    """A figure of this many inches that no window shows."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # its first run tells of its font cache
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(picture)
-    return picture
+    write_figure(path, picture)
 
 
 def save_maps(path: Path, paths: Sequence[Path], scores: "Scores", truth: GroundTruth) -> None:

@@ -3,8 +3,8 @@
 A picture is an anomaly if its score is above the image threshold, a pixel is marked if the smoothed map is above the
 pixel threshold. Two rules:
 
-f1: the thresholds of the highest F1 on the test set. Needs good and defect pictures there; where the defects have no
-    masks the pixel threshold stays the published one.
+f1: the thresholds of the highest F1 on the test set, that of pictures half-way between the scores on both sides of it.
+    Needs good and defect pictures there; where the defects have no masks the pixel threshold stays the published one.
 quantile: from good pictures that training did not use (split conformal prediction, e.g. Lei et al. 2018,
     doi 10.1080/01621459.2017.1307116). Of n such scores the threshold is the k-th smallest, k = ceil((n + 1)(1 - a)):
     a new good picture, one that is like these, scores above it with a probability of at most a, the false-alarm rate.
@@ -66,13 +66,15 @@ class Calibration:
     false_alarm_rate: float | None  # that the rule promises at most
 
 
-def calibrate_f1(folder: Path, figures: Mapping[str, float | None], truth: GroundTruth) -> Calibration | None:
+def calibrate_f1(
+    folder: Path, figures: Mapping[str, float | None], scores: "Scores", truth: GroundTruth
+) -> Calibration | None:
     """The rule `f1`, or None and a warning without defect or without good pictures.
 
     Args:
         folder: of the test pictures.
         figures: of the test set, what `utils.evaluation.measure_all` returns.
-        truth: of the test set.
+        scores, truth: of the test set.
     """
     image, pixel = figures["image_f1_threshold"], figures["pixel_f1_threshold"]
     if image is None:
@@ -81,11 +83,18 @@ def calibrate_f1(folder: Path, figures: Mapping[str, float | None], truth: Groun
             "(--threshold_rule quantile needs good training pictures only)"
         )
         return None
+    image = _halfway(scores.image, image)
     if pixel is None:
         thresholds = Thresholds(image, PUBLISHED_THRESHOLD, "f1", PUBLISHED_RULE)
     else:
         thresholds = Thresholds(image, pixel, "f1", "f1")
     return Calibration(thresholds, folder, len(truth.labels), int(truth.labels.sum()), None)
+
+
+def _halfway(scores: np.ndarray, threshold: float) -> float:
+    """Between the scores on both sides of a threshold: the same decisions, and rounding elsewhere changes none."""
+    rejected = scores[scores <= threshold]
+    return (float(rejected.max(initial=0)) + float(scores[scores > threshold].min())) / 2
 
 
 def calibrate_quantile(folder: Path, held_out: "Scores", rate: float) -> Calibration:

@@ -83,7 +83,7 @@ class Ours:
         tested = spread(pictures.test, test)
         truth = load_ground_truth(tested, config.size, config.mask_rule)
         begun = time.perf_counter()
-        backbone, size, budget = model.feature_extractor, config.size, CacheBudget.from_options(None, None)
+        backbone, size, budget = model.feature_extractor, config.size, CacheBudget.from_options(None, None, None)
         train_features = FeatureCache(backbone, spread(pictures.train, train), size, budget, "train")
         test_features = FeatureCache(backbone, [picture.path for picture in tested], size, budget, "test")
         cached = time.perf_counter()
