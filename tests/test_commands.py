@@ -379,7 +379,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
 )
 def test_what_cannot_be_calibrated_is_one_line_and_nothing_is_written(workplace, changes, options, words):
     path = workplace.copy_checkpoint("bad", **changes)
-    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "bad")
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "refused")
     line = workplace.fail("eval.py", *common, "--threshold_rule", "quantile", *options)
     assert all(word in line for word in words)
     assert list(path.parent.iterdir()) == [path]
@@ -822,6 +822,6 @@ def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
     done = workplace.succeed("train.py", *STABLE, *common, "--exp_dir", "good")
     assert "auroc" not in done.stdout
     assert "held-out loss" in done.stdout
-    line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "bad")
+    line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "refused")
     assert "resnet18_stable.yaml" in line
-    assert not (workplace.folder / "results/bad").exists()
+    assert not (workplace.folder / "results/refused").exists()
