@@ -15,7 +15,8 @@ SAVE_INTERVAL = 250
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(
-        prog="models.offline_weights", description="Train ResNet18 up to layer3 on drawn pictures, as MODEL_CARD.md says."
+        prog="models.offline_weights",
+        description="Train ResNet18 up to layer3 on drawn pictures.",
     )
     parser.add_argument("--steps", type=positive_int, default=4000, help="in all (%(default)s)")
     parser.add_argument("--batch_size", type=positive_int, default=64, help="pictures a step (%(default)s)")

@@ -115,7 +115,8 @@ def _stroke(line: np.ndarray, width: float) -> np.ndarray:
 def scratch(rng: np.random.Generator) -> Polygons:
     """A straight thin line, or two or three that run alike."""
     line = np.array([[-1.0, 0], [0, rng.normal(0, 0.04)], [1, 0]])
-    return [_stroke(line, rng.uniform(0.03, 0.12)) + [0, 0.3 * i] for i in range(rng.integers(1, 4))]
+    offsets = np.array([[[0, 0]], [[0, 0.3]], [[0, 0.6]]])  # (3, 1, 2)
+    return list(_stroke(line, rng.uniform(0.03, 0.12)) + offsets[: rng.integers(1, 4)])
 
 
 def thread(rng: np.random.Generator) -> Polygons:

@@ -89,9 +89,7 @@ class Artist:
         angle = rng.uniform(0, 2 * np.pi)
         turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         middle = rng.uniform(0, self._size, 2)
-        polygons = [
-            np.round((points @ turn + middle) * 2**SHIFT).astype(np.int32) for points in OUTLINES[outline](rng)
-        ]
+        polygons = [np.round((points @ turn + middle) * 2**SHIFT).astype(np.int32) for points in OUTLINES[outline](rng)]
         mask = np.zeros((self._size, self._size), np.uint8)
         return cv2.fillPoly(mask, polygons, 255, cv2.LINE_AA, SHIFT)
 

@@ -146,7 +146,9 @@ class Training:
         self._next = self._order(self.step + 1)
         self._optimizer.set_lr(self.settings.lr_at(self.step))
         self.step += 1
-        return training_step(self.model, self._optimizer, batch)
+        # the optimizer names its state in the first step, else with a count of all optimizers of this process
+        with paddle.utils.unique_name.guard():
+            return training_step(self.model, self._optimizer, batch)
 
     def _order(self, number: int) -> Future[Batch]:
         return self._studio.submit(self._artist.batch, number, self.settings.batch_size)
