@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from deploy.cli import UserError
-from models.backbone import ResNet18Features
+from models.backbone import build_backbone
 from models.offline_weights.outlines import OUTLINES
 from models.offline_weights.pictures import LIFETIME, Artist
 from models.offline_weights.textures import SIDE, TEXTURES, canvas
@@ -149,7 +149,7 @@ def test_the_weights_file_fits_the_backbone(tmp_path):
     training = Training(SETTINGS)
     training.advance()
     write_weights(training.model.backbone, tmp_path / "resnet18.npz")
-    backbone = ResNet18Features()
+    backbone = build_backbone("resnet18")
     set_state(backbone, read_weights(tmp_path / "resnet18.npz"), "resnet18.npz")
     trained = training.model.backbone.state_dict()
     for name, value in backbone.state_dict().items():
