@@ -69,7 +69,10 @@ def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     evaluations = {}
     for name, options in (("chosen", []), ("last", ["--is_last"])):
         command("eval.py", *common, *options)
-        evaluations[name] = json.loads((folder / "eval.json").read_text())["categories"][args.category]
+        row = json.loads((folder / "eval.json").read_text())["categories"][args.category]
+        if row["backbone"]["file"]:  # where it lies on this machine is nobody's business
+            row["backbone"]["file"] = Path(row["backbone"]["file"]).name
+        evaluations[name] = row
     with open(folder / args.category / "history.csv", newline="") as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     return {"config": config, "seed": seed, "history": history, **evaluations}

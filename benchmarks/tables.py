@@ -5,7 +5,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; the c
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from benchmarks.inputs import ROOT
@@ -140,7 +139,7 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     files = {run["last"]["backbone"]["file"] for run in results["runs"]}
-    weights = ", ".join(sorted(Path(file).name if file else "offline start" for file in files))
+    weights = ", ".join(sorted(file or "offline start" for file in files))
     where = (results["category"], results["epochs"], results["date"], results["machine"]["cpu"])
     note = {
         "en": "{} of MVTec AD, {} epochs, {}, {}, backbone weights {}.",
