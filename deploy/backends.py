@@ -39,7 +39,7 @@ class Options:
     use_gpu: bool = False
     threads: int = 1
     precision: str = "fp32"
-    use_mkldnn: bool = True
+    use_mkldnn: bool = False  # Paddle 3.3.1 with oneDNN writes past its memory at some batch sizes
     use_tensorrt: bool = False
     max_batch_size: int = 16
 
@@ -111,6 +111,7 @@ class PaddleModel:
             raise UserError(f"--precision {options.precision}: {self.version} has only fp32 on the CPU")
         config.disable_gpu()
         if options.use_mkldnn:
+            warn(f"--use_mkldnn True: {self.version} may crash at batches above 1; openvino runs oneDNN without that")
             config.enable_mkldnn()
         else:
             config.disable_mkldnn()

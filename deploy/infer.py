@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save_inference_dir", default="./results/inference", help="exported model (%(default)s)")
     parser.add_argument("--backend", choices=tuple(FILES), default="paddle", help="runtime (%(default)s)")
     parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
-    parser.add_argument("--use_mkldnn", type=boolean, default=True, help="paddle on a CPU: oneDNN (%(default)s)")
+    parser.add_argument("--use_mkldnn", type=boolean, default=False, help="paddle on a CPU: oneDNN (%(default)s)")
     parser.add_argument("--use_tensorrt", type=boolean, default=False, help="paddle on a GPU: TensorRT (%(default)s)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="where the runtime has it (%(default)s)"
@@ -81,8 +81,6 @@ def main() -> int:
     if args.save_json:
         make_folder(Path(args.save_json).parent)  # better said now than after all the work
     threads = set_up(args.backend, args.cpu_threads, args.verbose)
-    if args.use_mkldnn and "versions" not in description:
-        args.use_mkldnn = False  # Paddle with oneDNN crashes on the programs of older exports
     options = Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
     model = load_exported(folder, args.backend, options)
 

@@ -131,8 +131,7 @@ class FeatureNorm(nn.BatchNorm2D):
 class BothAxes(nn.Layer):
     """A fixed linear map of the rows and one of the columns: R (A C^T) for each map A.
 
-    In this order: in (R A) C^T the outer matmul's left side comes from a matmul and its right side is constant; there
-    Paddle Inference 3.3.1 with oneDNN writes past its memory and crashes, at a batch of 8 for example.
+    In this order, Paddle Inference 3.3.1 with oneDNN crashes more rarely than for (R A) C^T.
     """
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray) -> None:

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from deploy import backends
-from deploy import infer as infer_script
 from deploy.backends import FILES, Options, load_exported
 from deploy.cli import UserError
 from deploy.imaging import label, list_images, preprocess, read_rgb
@@ -148,8 +147,13 @@ def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend
     check(model, load_exported(exported / "model", backend, Options(threads=1)))
 
 
-def test_paddle_without_onednn_agrees_too(model, exported):
-    check(model, load_exported(exported / "model", "paddle", Options(threads=1, use_mkldnn=False)))
+@paddle.no_grad()
+def test_paddle_with_onednn_agrees_at_batch_1(model, exported, capfd):
+    loaded = load_exported(exported / "model", "paddle", Options(threads=1, use_mkldnn=True))
+    assert "--use_mkldnn True" in capfd.readouterr().err
+    images = batch(1)
+    for actual, result in zip(loaded.run(images), expected(model, images), strict=True):
+        np.testing.assert_allclose(actual, result, rtol=0, atol=1e-4)
 
 
 def check(model, loaded):
@@ -171,7 +175,7 @@ def check(model, loaded):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pictures_of_another_size_are_refused(exported, backend):
-    loaded = load_exported(exported / "model", backend, Options(use_mkldnn=False))
+    loaded = load_exported(exported / "model", backend)
     with pytest.raises(UserError, match="export again"):
         loaded.run(np.zeros((1, 3, 32, 32), np.float32))
 
@@ -253,22 +257,6 @@ def test_results_as_json_lines(exported, tmp_path):
         assert line["threshold"] == 0.5
         assert line["label"] == label(line["score"], 0.5)
         assert f"{name}  {line['label']} - score:  {line['score']:.3f}\n" in done.stdout
-
-
-def test_onednn_is_on_but_for_exports_of_before(exported, tmp_path, monkeypatch):
-    older = shutil.copytree(exported / "model", tmp_path / "older")
-    description = yaml.safe_load((older / "inference.yml").read_text())
-    del description["versions"]
-    (older / "inference.yml").write_text(yaml.safe_dump(description))
-    asked = []
-    monkeypatch.setattr(
-        infer_script, "load_exported", lambda *options: asked.append(options[2]) or load_exported(*options)
-    )
-    for folder in (exported / "model", older):
-        picture = str(ROOT / "images/bottle_good.png")
-        monkeypatch.setattr(sys, "argv", ["infer.py", "--save_inference_dir", str(folder), "--image_path", picture])
-        assert infer_script.main() == 0
-    assert [options.use_mkldnn for options in asked] == [True, False]
 
 
 def test_the_benchmark_report(exported):
