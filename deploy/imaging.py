@@ -99,7 +99,9 @@ def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarr
                     raise UserError(f"{path}: floating point pictures have no defined white; save it with 8 or 16 bit")
                 return np.asarray(image.convert("RGB"))
             array = np.asarray(image)  # I;16 of 16-bit files, I of 32-bit files
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise many kinds: OSError, SyntaxError, TypeError
         reason = "not a picture, or damaged" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
     if array.min() < 0 or array.max() > 65535:

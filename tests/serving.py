@@ -45,6 +45,10 @@ def hostile_uploads():
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
     tiff = io.BytesIO()
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tiff, "TIFF")
+    strange = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(strange, "TIFF")
+    # The tag of where the pixels are says that it is a fraction; Pillow raises a TypeError then.
+    fraction = re.sub(b"\x11\x01[\x03\x04]\x00", b"\x11\x01\x05\x00", strange.getvalue())
     return {
         "empty": ("empty.png", b"", 422),
         "truncated": ("cut.png", noise.getvalue()[: len(noise.getvalue()) // 2], 422),
@@ -58,6 +62,7 @@ def hostile_uploads():
         "animated gif": ("move.gif", gif.getvalue(), 422),
         "gif called png": ("move.png", gif.getvalue(), 422),
         "floating point": ("float.tiff", tiff.getvalue(), 422),
+        "offset of pixels is a fraction": ("fraction.tiff", fraction, 422),
         "20 MB": ("large.png", bytes(20 * MB), 413),
         "path": ("../../etc/passwd", picture_file(), 422),
         "absolute path": ("/tmp/picture.png", picture_file(), 422),
