@@ -389,9 +389,8 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits) -> FastAPI:
         answer = await asyncio.wrap_future(hand_in(item))
         metrics.batch_size.labels(name).observe(answer.batch_size)
         _, smoothed, image_score = answer.outputs  # (1, H, W), (1, H, W), ()
-        own = description["image_threshold"], description["pixel_threshold"]
-        asked = options.image_threshold, options.pixel_threshold
-        image_threshold, pixel_threshold = (a if a is not None else b for a, b in zip(asked, own, strict=True))
+        image_threshold = description["image_threshold"] if options.image_threshold is None else options.image_threshold
+        pixel_threshold = description["pixel_threshold"] if options.pixel_threshold is None else options.pixel_threshold
         seconds = {
             "upload": received - begun,
             "preprocess": decoded - received,
@@ -408,7 +407,7 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits) -> FastAPI:
             anomalous_share=float(np.mean(smoothed > pixel_threshold)),
             map=encode_map(smoothed[0]) if options.map else None,
             batch_size=answer.batch_size,
-            time_ms=Milliseconds(**{name: 1000 * value for name, value in seconds.items()}),
+            time_ms=Milliseconds(**{what: 1000 * value for what, value in seconds.items()}),
         )
 
     @app.get("/", include_in_schema=False)

@@ -439,6 +439,24 @@ def test_it_outlives_hostile_uploads(server):
         assert post(client, (ROOT / "images/bottle_bad.png").read_bytes()).status_code == 200
 
 
+def load(*options):
+    command = [sys.executable, "-m", "benchmarks.load", "--clients", "4", "--warmup", "0", "--seconds", "1", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_the_load_of_the_benchmark_counts_answers_and_errors(server):
+    done = load("--url", server.url)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"clients: 4, seconds: 1, requests: (\d+), errors: 0\n", done.stdout)[1]) >= 4
+    assert re.search(r"^cpu_memory\(MB\): \d+\.\d at the start, \d+\.\d at the end", done.stdout, re.M)
+    done = load("--url", server.url, "--model", "absent")
+    assert (done.returncode, "[404]" in done.stdout) == (1, True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = taken.getsockname()[1]
+    done = load("--url", f"http://127.0.0.1:{free}")
+    assert (done.returncode, str(free) in done.stderr) == (2, True)
+
+
 def test_at_sigterm_it_answers_what_it_took_on_and_ends_with_0(exported):
     with Process("--models", exported) as process:
         host, port = process.url.removeprefix("http://").split(":")

@@ -65,7 +65,9 @@ function setOpacity() {
 
 // ---- pictures
 
-function add(files) {
+async function add(list) {
+  const files = [...list]; // the list of an input empties when the input does
+  await loaded;
   for (const file of files) {
     const card = element("card").content.firstElementChild.cloneNode(true);
     const row = document.createElement("tr");
@@ -312,4 +314,4 @@ document.addEventListener("drop", (event) => {
 
 setOpacity();
 translate();
-loadModels();
+const loaded = loadModels();
