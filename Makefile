@@ -20,7 +20,7 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt requirements-serve.txt requirements-deploy.txt $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	touch $@
 

@@ -1,9 +1,11 @@
 """Pictures in, pictures out: reading, preprocessing, drawing. Arrays only, no framework."""
 
 import glob
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -54,15 +56,21 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def read_rgb(path: Path) -> np.ndarray:
+def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
     """Decode a picture of any mode to (H, W, 3) uint8 RGB.
 
     Grey becomes three equal channels, a palette its colours, 16 bit is scaled to 8, alpha is dropped.
 
+    Args:
+        path: the file; errors name it.
+        content: what to read in its place, an upload for example.
+        max_pixels: a picture that says it has more is refused before it is decoded.
+
     Raises:
-        UserError: missing, truncated, not a picture, or more pixels than Pillow takes for a decompression bomb.
+        UserError: missing, truncated, not a picture, more pixels than `max_pixels` or than Pillow takes for a
+            decompression bomb.
     """
-    array = _decode(path)
+    array = _decode(path, content, max_pixels)
     if array.dtype == np.uint16:
         array = np.round(array / 257.0).astype(np.uint8)
     if array.ndim == 2:
@@ -79,16 +87,21 @@ def read_mask(path: Path) -> np.ndarray:
     return read_rgb(path).max(axis=2)
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarray:
     """(H, W, 3) uint8, or (H, W) uint16."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(content or path, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width}x{image.height}"
+                raise UserError(f"{path}: {size} is more than the {max_pixels} pixels allowed; scale it down")
             if not image.mode.startswith("I"):
                 if image.mode == "F":
                     raise UserError(f"{path}: floating point pictures have no defined white; save it with 8 or 16 bit")
                 return np.asarray(image.convert("RGB"))
             array = np.asarray(image)  # I;16 of 16-bit files, I of 32-bit files
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise many kinds: OSError, SyntaxError, TypeError
         reason = "not a picture, or damaged" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
     if array.min() < 0 or array.max() > 65535:

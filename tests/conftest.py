@@ -1,10 +1,15 @@
 """What several test files share."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from deploy import runtime
+
+ROOT = Path(__file__).resolve().parent.parent
 
 runtime.setup()  # before any test module imports paddle
 
@@ -41,3 +46,17 @@ def imagenet_weights():
 def mvtec():
     """The folder of the real MVTec AD."""
     return named_by("FASTFLOW_MVTEC_DIR")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """The folder of an exported model that is small enough for seconds, trained for one epoch on lite_data."""
+    folder = tmp_path_factory.mktemp("exported")
+    common = ["-cfg", ROOT / "configs/resnet18.yaml", "-o", "input_size=64", "-o", "flow_step=1"]
+    common += ["-o", "pretrained=offline", "--exp_dir", "exp", "--category", "bottle"]
+    for command in (
+        [ROOT / "train.py", *common, "--data", ROOT / "lite_data", "--epochs", "1"],
+        [ROOT / "deploy/export_model.py", *common, "--save_inference_dir", folder / "inference"],
+    ):
+        subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True)
+    return folder / "inference"

@@ -1,6 +1,8 @@
 """Pictures in and out: the result line, lists of files, preprocessing, figures."""
 
+import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +98,24 @@ def test_drawings_keep_the_subfolders_in_which_the_pictures_differ(pictures, tmp
 def test_no_two_pictures_share_a_drawing(tmp_path):
     images = [tmp_path / name for name in ("a.png", "a.jpg", "x/a.png", "y/a.png")]
     assert len(set(drawing_paths(images, tmp_path / "out").values())) == 4
+
+
+# ---- reading
+
+
+def test_an_upload_is_read_like_a_file(tmp_path):
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(tmp_path / "a.png")
+    content = io.BytesIO((tmp_path / "a.png").read_bytes())
+    np.testing.assert_array_equal(read_rgb(Path("upload"), content), read_rgb(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="upload"):
+        read_rgb(Path("upload"), io.BytesIO(b"no picture"))
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    assert read_rgb(tmp_path / "a.png", max_pixels=20).shape == (4, 5, 3)
+    with pytest.raises(UserError, match=r"a\.png: 5x4 is more than the 19 pixels"):
+        read_rgb(tmp_path / "a.png", max_pixels=19)
 
 
 # ---- preprocess

@@ -1,0 +1,128 @@
+"""Serve exported models over HTTP: python deploy/serve.py --models ./results/inference --host 127.0.0.1 --port 8866
+
+Needs requirements-serve.txt; no training code. A page to try it is at /, the description of the API at /docs.
+"""
+
+import argparse
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
+
+from deploy import runtime
+from deploy.backends import Backend, Options, load_exported
+from deploy.cli import ArgumentParser, UserError, boolean, non_negative_float, positive_int, run_main
+from deploy.infer import read_description
+
+
+def parse_args() -> argparse.Namespace:
+    parser = ArgumentParser(description="Serve exported models over HTTP, with a page to try them.")
+    parser.add_argument(
+        "--models",
+        default="./results/inference",
+        help="exported models, with commas between them; a model is served under its category, NAME=FOLDER gives it "
+        "another name (%(default)s)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (%(default)s)")
+    parser.add_argument("--port", type=port, default=8866, help="0: any that is free (%(default)s)")
+    parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
+    parser.add_argument("--max_batch_size", type=positive_int, default=8, help="pictures a run (%(default)s)")
+    parser.add_argument(
+        "--max_wait_ms",
+        type=non_negative_float,
+        default=5.0,
+        help="how long a picture waits for others that are on their way to join its run (%(default)s)",
+    )
+    parser.add_argument(
+        "--queue_size", type=positive_int, default=64, help="pictures in progress per model; beyond: 503 (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_upload_mb", type=positive_int, default=10, help="size of a request; beyond: 413 (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_pixels", type=positive_int, default=32_000_000, help="of a picture; beyond: 422 (%(default)s)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log requests, say what the runtime set-up chose")
+    return parser.parse_args()
+
+
+def port(text: str) -> int:
+    """Type of --port."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def main() -> None:
+    args = parse_args()
+    # uvicorn answers what it has taken on, then hands the signal back; without a handler it would kill the process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    folders = named_folders(args.models)
+    listener = listen(args.host, args.port)
+    threads = int(runtime.setup(args.verbose)["OMP_NUM_THREADS"])
+    import uvicorn
+
+    from deploy.batching import Batcher
+    from deploy.service import Limits, ServedModel, create_app
+
+    models = {}
+    for name, (folder, description) in folders.items():
+        model = load(folder, description, args.use_gpu, threads)
+        batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
+        models[name] = ServedModel(description, batcher)
+    app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels))
+    # A client that neither sends nor hangs up holds the end up for so many seconds at most.
+    config = uvicorn.Config(app, log_level="info" if args.verbose else "warning", timeout_graceful_shutdown=60)
+    host, bound = listener.getsockname()[:2]
+    print(f"serving {', '.join(models)} at http://{f'[{host}]' if ':' in host else host}:{bound}", flush=True)
+    uvicorn.Server(config).run([listener])
+
+
+def named_folders(models: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Folder and description of each exported model in `--models`, by the name it is served under.
+
+    Raises:
+        UserError: no exported model there; a name twice, or one that does not fit into an address.
+    """
+    named: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for entry in models.split(","):
+        name, given, folder = entry.partition("=")
+        description = read_description(Path(folder if given else entry))
+        if not given:
+            name, folder = str(description["category"]), entry
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"--models {entry}: {name!r} does not fit into an address; use letters, digits and . _ -")
+        if name in named:
+            raise UserError(f"--models: two are called {name}; name one of them otherwise: other={folder}")
+        named[name] = Path(folder), description
+    return named
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address.
+
+    Raises:
+        UserError: it is taken, or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
+
+
+def load(folder: Path, description: dict[str, Any], use_gpu: bool, threads: int) -> Backend:
+    """The model of an exported folder, which has run once, so that the first client does not wait for that."""
+    import numpy as np
+
+    model = load_exported(folder, options=Options(use_gpu, threads))
+    model.run(np.zeros((1, 3, *description["input_size"]), np.float32))
+    return model
+
+
+if __name__ == "__main__":
+    run_main(main)
