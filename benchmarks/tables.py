@@ -114,11 +114,12 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
     """
     heads = {
         "en": (
-            "ours",
-            "published graph, defaults",
-            "published graph, best environment",
-            "anomalib 2.7, width 1.06",
-            "anomalib 2.7, width 1.0",
+            "config",
+            "seed",
+            "last epoch: image / pixel AUROC",
+            "highest of all epochs",
+            "lowest of the second half",
+            "checkpoint chosen by the config",
         ),
         "zh": ("配置", "种子", "最后一轮：图像 / 像素 AUROC", "各轮最高", "后一半轮次的最低", "配置选出的检查点"),
     }[language]

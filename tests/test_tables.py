@@ -27,6 +27,8 @@ def test_the_table_of_accuracy_tells_last_highest_and_lowest():
     evaluation = {"epoch": 5, "image_auroc": 0.75, "pixel_auroc": 0.5, "backbone": {"file": "x.npz"}}
     runs = [{"config": "resnet18", "seed": 3, "history": history, "chosen": evaluation, "last": evaluation}]
     results = {"runs": runs, "category": "bottle", "epochs": 5, "date": "today", "machine": {"cpu": "a CPU"}}
+    assert [accuracy(results, language)[0].count(" | ") for language in ("en", "zh")] == [5, 5]
+    assert accuracy(results, "en")[0].startswith("| config | seed |")
     row = accuracy(results, "en")[2]
     expected = (
         "| `resnet18.yaml` | 3 | 0.7500 / 0.5000 | 1.0000 / 0.5000 | 0.5000 / 0.5000 | epoch 5: 0.7500 / 0.5000 |"
