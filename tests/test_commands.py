@@ -379,7 +379,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
 )
 def test_what_cannot_be_calibrated_is_one_line_and_nothing_is_written(workplace, changes, options, words):
     path = workplace.copy_checkpoint("bad", **changes)
-    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "refused")
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "bad")
     line = workplace.fail("eval.py", *common, "--threshold_rule", "quantile", *options)
     assert all(word in line for word in words)
     assert list(path.parent.iterdir()) == [path]
