@@ -822,6 +822,6 @@ def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
     done = workplace.succeed("train.py", *STABLE, *common, "--exp_dir", "good")
     assert "auroc" not in done.stdout
     assert "held-out loss" in done.stdout
-    line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "untested")
+    line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "no_test_set")
     assert "resnet18_stable.yaml" in line
-    assert not (workplace.folder / "results/untested").exists()
+    assert not (workplace.folder / "results/no_test_set").exists()
