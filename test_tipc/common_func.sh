@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Helpers shared by prepare.sh and test_train_inference_python.sh: reading the
-# lines of a TIPC config, putting commands together, running and logging them.
+# Helpers shared by prepare.sh and the test_*.sh: reading the lines of a TIPC
+# config, putting commands together, running and logging them.
 # To be sourced, by bash 4.4 or newer.
 
 tipc_modes=(lite_train_lite_infer lite_train_whole_infer whole_train_whole_infer whole_infer)
@@ -20,7 +20,7 @@ is_mode() {
 }
 
 # start CONFIG MODE: check the arguments, read the config, go to the repository's root.
-# Sets config_lines (config_lines[N] is line N) and mode.
+# Sets config_path, config_lines (config_lines[N] is line N), mode, python and data_value.
 start() {
     (( $# == 2 )) || die "usage: bash test_tipc/${0##*/} CONFIG MODE (MODE: ${tipc_modes[*]})"
     local config=$1 root
@@ -31,6 +31,7 @@ start() {
     [[ -f $config ]] || config=$root/$config
     [[ -f $config && -r $config ]] || die "no such config: $1"
     mapfile -O 1 -t config_lines <"$config"
+    config_path=$(cd "$(dirname "$config")" && pwd)/${config##*/}
     cd "$root" || exit 2
 
     local number
@@ -39,12 +40,36 @@ start() {
     done
     (( ${#config_lines[@]} >= 32 )) ||
         die "$1 has ${#config_lines[@]} lines, 32 are expected (see test_tipc/README.md)"
-    # A line too many or too few shifts everything below it: better said than run.
-    local -A names=([2]=model_name [3]=python [4]=gpu_list [10]=train_model_name [13]=trainer)
-    for number in 2 3 4 10 13; do
-        [[ $(line_key "$number") == "${names[$number]}" ]] ||
-            die "$1, line $number should be '${names[$number]}:...' but is '${config_lines[number]}'"
+    expect_lines "$1" 2 model_name 3 python 4 gpu_list 10 train_model_name 13 trainer
+    python=$(python_program)
+    is_null "$python" && die "line 3 of the config names no python"
+    data_value=$(data_folder)
+}
+
+# expect_lines CONFIG NUMBER KEY...: these lines must have these keys. A line too many or too few
+# shifts everything below it: better said than run.
+expect_lines() {
+    local config=$1
+    shift
+    while (( $# )); do
+        [[ $(line_key "$1") == "$2" ]] ||
+            die "$config, line $1 should be '$2:...' but is '${config_lines[$1]-}'"
+        shift 2
     done
+}
+
+# open_log NAME: sets output (the folder of the logs) and results_log (NAME in it, emptied), and
+# starts counting.
+open_log() {
+    output=test_tipc/output/$(line_value 2)/$mode
+    mkdir -p "$output" 2>/dev/null || die "cannot write to $output"
+    results_log=$output/$1
+    : >"$results_log" || die "cannot write $results_log"
+    run_count=0
+    failures=()
+    not_tested=()
+    environment=(env)
+    trap 'echo "interrupted" >&2; exit 130' INT TERM
 }
 
 # trim TEXT: without blanks (and the carriage return of a Windows file) at its ends.
@@ -57,11 +82,12 @@ trim() {
 
 # line_key N, line_value N: what stands before and after the first colon of line N.
 line_key() {
-    trim "${config_lines[$1]%%:*}"
+    local line=${config_lines[$1]-}
+    trim "${line%%:*}"
 }
 
 line_value() {
-    local line=${config_lines[$1]}
+    local line=${config_lines[$1]-}
     [[ $line == *:* ]] && trim "${line#*:}"
     return 0
 }
@@ -122,6 +148,25 @@ python_program() {
     printf '%s' "${python:-$(line_value 3)}"
 }
 
+# path_value N: line N's value; the part of it that is line 11's folder follows the variable data.
+path_value() {
+    local path configured
+    path=$(mode_value "$1")
+    configured=$(mode_value 11)
+    configured=${configured%/}
+    if [[ $path == "$configured" || $path == "$configured"/* ]] && ! is_null "$configured"; then
+        path=${data_value%/}${path#"$configured"}
+    fi
+    printf '%s' "$path"
+}
+
+# command_words TEXT: start the array cmd with python and the words of a config's command.
+command_words() {
+    local -a words
+    split_words "$1"
+    cmd=("$python" "${words[@]}")
+}
+
 # add_option KEY VALUE: append KEY=VALUE to the array cmd, nothing if either is null. A key of
 # several words ("-o Global.epochs") keeps its first words apart.
 add_option() {
@@ -158,24 +203,28 @@ shown() {
 # run_command LOG: run the array cmd in the environment that the array environment ("env NAME=x")
 # sets, its output going to the terminal and to the end of LOG, and write its status line to
 # results_log. Counts in run_count and failures; gives back whether the command succeeded.
-# shellcheck disable=SC2154  # environment and results_log are the driver's
 run_command() {
-    local log=$1 text status before=0
-    text=$(shown "${cmd[@]}")
+    local log=$1 before=0
     [[ -f $log ]] && before=$(wc -l <"$log")
     printf '\n$ %s\n' "$(shown "${environment[@]}" "${cmd[@]}")" | tee -a "$log"
     "${environment[@]}" "${cmd[@]}" </dev/null 2>&1 | tee -a "$log"
-    status=${PIPESTATUS[0]}
+    report "${PIPESTATUS[0]}" "$log" $((before + 3))
+}
+
+# report STATUS LOG LINE: the status line of the array cmd, whose output begins at this line of LOG.
+report() {
+    local text
+    text=$(shown "${cmd[@]}")
     run_count=$((run_count + 1))
-    if (( status == 0 )); then
+    if (( $1 == 0 )); then
         echo "Run successfully with command - $text!" | tee -a "$results_log"
         return 0
     fi
     echo "Run failed with command - $text!" | tee -a "$results_log"
     # The command's own last lines; a progress bar's carriage returns count as line ends.
-    failures+=("exit code $status: $text
-$(tail -n "+$((before + 3))" "$log" | tr '\r' '\n' | tail -n 15 | sed 's/^/    /')
-    (all of it: $log)")
+    failures+=("exit code $1: $text
+$(tail -n "+$3" "$2" | tr '\r' '\n' | tail -n 15 | sed 's/^/    /')
+    (all of it: $2)")
     return 1
 }
 
@@ -187,4 +236,80 @@ skip_command() {
     run_count=$((run_count + 1))
     echo "Run skipped ($1) with command - $text!" | tee -a "$results_log"
     failures+=("skipped ($1): $text")
+}
+
+# finish: the summary, and the exit code of the whole.
+finish() {
+    (( run_count > 0 )) || die "the config asks for no command in mode $mode"
+    if (( ${#failures[@]} )); then
+        printf '\n%d of %d commands did not succeed:\n' "${#failures[@]}" "$run_count"
+        printf -- '- %s\n' "${failures[@]}"
+        echo "status lines: $results_log"
+        exit 1
+    fi
+    printf '\nall %d commands succeeded; status lines: %s\n' "$run_count" "$results_log"
+    if (( ${#not_tested[@]} )); then
+        printf 'but not all was tested:\n'
+        printf -- '- %s\n' "${not_tested[@]}"
+        exit 3
+    fi
+    exit 0
+}
+
+# ---- chains that go on where the first 32 lines of their config end
+
+# begin_chain NAME KEYS CONFIG MODE: what the first 32 lines of CONFIG say is done first; it makes one
+# model, in model_folder. What this chain does with it stands in the lines from 35 on, which must have
+# these keys. Its logs are called NAME.
+begin_chain() {
+    local name=$1 number=35 key
+    local -a keys
+    read -r -a keys <<<"$2"
+    shift 2
+    start "$@"
+    for key in "${keys[@]}"; do
+        expect_lines "$1" "$number" "$key"
+        number=$((number + 1))
+    done
+    [[ $(line_value 4)$(line_value 13)$(line_value 24) != *'|'* ]] ||
+        die "$1: lines 4, 13 and 24 must name one thing each, since this chain goes on with one model"
+    model_folder=$(mode_value 20)
+    is_null "$model_folder" && die "$1: line 20 names no folder for the exported model"
+    open_log "results_$name.log"
+    rm -f "$output/${name}"[._]*
+    log=$output/$name.log
+    step_failed=
+    bash test_tipc/test_train_inference_python.sh "$config_path" "$mode" || exit
+}
+
+# step WHAT: run the array cmd, unless a step before has failed.
+step() {
+    if [[ -n $step_failed ]]; then
+        skip_command "$step_failed"
+    elif ! run_command "$log"; then
+        step_failed="$1 failed"
+    fi
+}
+
+# infer_and_compare RESULTS: line 36's inference once for each of line 37's sets of options; then line
+# 38's check that the first gives what each other one gives. RESULTS is where they go: RESULTS_1.jsonl
+# and so on. One set of options only: no check.
+infer_and_compare() {
+    local i
+    local -a list runs
+    split_list "$(line_value 37)"; runs=("${list[@]}")
+    for i in "${!runs[@]}"; do
+        command_words "$(line_value 36) ${runs[i]}"
+        add_option "$(line_key 28)" "$(mode_value 28)"
+        add_option "$(line_key 29)" "$(mode_value 29)"
+        add_option "$(line_key 30)" "$model_folder"
+        add_option "$(line_key 31)" "$(path_value 31)"
+        cmd+=("--save_json=$1_$((i + 1)).jsonl")
+        step "inference"
+    done
+    for (( i = 2; i <= ${#runs[@]}; i++ )); do
+        command_words "$(line_value 38)"
+        cmd+=("$1_1.jsonl" "$1_$i.jsonl")
+        step "comparison"
+    done
 }

@@ -33,14 +33,13 @@ option_in() {
     done
 }
 
-data_dir=$(data_folder)
-data_dir=${data_dir%/}
+data_dir=${data_value%/}
 is_null "$data_dir" && die "line 11 of $1 names no data folder for the mode $mode"
 category=$(option_in 14 -cat --category)
 
 if [[ ${data_dir#./} == lite_data ]] && ! is_category "$data_dir/$category"; then
     echo "$data_dir/$category is not there: making the lite data again"
-    "$(python_program)" -m datasets.lite_data || die "python -m datasets.lite_data failed"
+    "$python" -m datasets.lite_data || die "python -m datasets.lite_data failed"
 fi
 
 categories=()
