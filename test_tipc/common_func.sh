@@ -202,13 +202,15 @@ shown() {
 
 # run_command LOG: run the array cmd in the environment that the array environment ("env NAME=x")
 # sets, its output going to the terminal and to the end of LOG, and write its status line to
-# results_log. Counts in run_count and failures; gives back whether the command succeeded.
+# results_log. Counts in run_count and failures; gives back whether the command succeeded. Sets
+# output_start, the line of LOG at which its output begins.
 run_command() {
-    local log=$1 before=0
-    [[ -f $log ]] && before=$(wc -l <"$log")
+    local log=$1
+    output_start=3
+    [[ -f $log ]] && output_start=$(($(wc -l <"$log") + 3))
     printf '\n$ %s\n' "$(shown "${environment[@]}" "${cmd[@]}")" | tee -a "$log"
     "${environment[@]}" "${cmd[@]}" </dev/null 2>&1 | tee -a "$log"
-    report "${PIPESTATUS[0]}" "$log" $((before + 3))
+    report "${PIPESTATUS[0]}" "$log" "$output_start"
 }
 
 # report STATUS LOG LINE: the status line of the array cmd, whose output begins at this line of LOG.
@@ -275,6 +277,7 @@ begin_chain() {
         die "$1: lines 4, 13 and 24 must name one thing each, since this chain goes on with one model"
     model_folder=$(mode_value 20)
     is_null "$model_folder" && die "$1: line 20 names no folder for the exported model"
+    model_folder=${model_folder%/}
     open_log "results_$name.log"
     rm -f "$output/${name}"[._]*
     log=$output/$name.log

@@ -40,6 +40,10 @@
 #   30  model folder key:value                      KEY=what was exported; value only if nothing was
 #   31  image key:value
 #   32  benchmark key:True|False
+# and where a config is about more than that this can be done:
+#   35  tested:TEXT|TEXT...                         one of these is in the output of a training that did it; if none
+#                                                   is, nothing has failed, but the exit code is 3
+#   36  reason:TEXT                                 the line of that output with this text says why
 set -u
 
 # shellcheck source-path=SCRIPTDIR source=common_func.sh
@@ -172,16 +176,20 @@ export_and_infer() {
     infer "$4" "$reason"
 }
 
-# note_refused LOG: a program that cannot do what an option asks for says so in a warning that begins
-# with the option, and goes on without. Then the array cmd has succeeded, but the option is not tested.
-note_refused() {
-    local word warning
-    for word in "${cmd[@]}"; do
-        [[ $word == --* ]] || continue
-        warning=$(grep -o -m 1 -E -- "warning: ${word%%=*}[ :].*" "$1") || continue
-        not_tested+=("${warning#warning: }")
-        echo "Not tested with command - $(shown "${cmd[@]}") - ${warning#warning: }!" | tee -a "$results_log"
+# check_tested LOG: the array cmd, a training whose output begins at line output_start of LOG, has
+# succeeded; has it done what this config is about?
+check_tested() {
+    local text reason
+    local -a list
+    [[ $(line_key 35) == tested ]] || return
+    split_list "$(line_value 35)"
+    for text in "${list[@]}"; do
+        tail -n "+$output_start" "$1" | grep -q -F -- "$text" && return
     done
+    reason=$(tail -n "+$output_start" "$1" | grep -m 1 -F -- "$(line_value 36)")
+    reason=${reason:-"its output says nothing of '$(line_value 36)'"}
+    not_tested+=("$reason")
+    echo "Not tested ($reason) with command - $(shown "${cmd[@]}")!" | tee -a "$results_log"
 }
 
 # train_chain TRAINER ENTRY_INDEX SUFFIX: training, evaluation, export, inferences. SUFFIX keeps
@@ -209,7 +217,7 @@ train_chain() {
     local -a single_environment=("${environment[@]}")
     environment=("${train_environment[@]}")
     if run_command "$output/python_train.log"; then
-        note_refused "$output/python_train.log"
+        check_tested "$output/python_train.log"
     else
         reason="training failed"
     fi

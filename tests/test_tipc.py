@@ -1,7 +1,7 @@
-"""The TIPC driver: the commands it makes of a config's lines, its logs, its exit code.
+"""The TIPC chains: the commands they make of a config's lines, their logs, their exit codes.
 
-The driver runs in a copy of test_tipc/ whose "python" only writes down how it was called, so
-that these tests take seconds and need neither Paddle nor data.
+Most of it runs in a copy of test_tipc/ whose "python" only writes down how it was called, so
+that these tests take seconds and need neither Paddle nor data. The last ones run the real programs.
 """
 
 import json
@@ -15,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = "test_tipc/test_train_inference_python.sh"
+PADDLE2ONNX = "test_tipc/test_paddle2onnx_infer_python.sh"
+PTQ = "test_tipc/test_train_ptq_infer_python.sh"
+SERVING = "test_tipc/test_serving_infer_python.sh"
 PREPARE = "test_tipc/prepare.sh"
 OUR_CONFIG = "test_tipc/configs/fastflow/train_infer_python.txt"
 LITE = "lite_train_lite_infer"
@@ -22,7 +25,7 @@ LITE = "lite_train_lite_infer"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC scripts need bash")
 
 FAKE_PYTHON = f"""#!{sys.executable}
-import json, os, sys
+import json, os, signal, sys
 words = sys.argv[1:]
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), words]), file=calls)
@@ -31,6 +34,10 @@ for name in os.environ.get("FAIL", "").split():
     if name in words:
         print("\\n".join(f"output line {{i}}" for i in range(30)))
         sys.exit(f"{{name}} went wrong")
+if "serve.py" in words:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("END", "0"))))
+    print("serving toy at http://127.0.0.1:1", flush=True)
+    signal.pause()
 """
 
 LINES = {
@@ -66,6 +73,32 @@ LINES = {
     30: "--model_dir:null",
     31: "--image:lite_train_lite_infer=good.png|whole_infer=./all/bottle/test",
     32: "--benchmark:True",
+}
+
+
+MORE_LINES = {
+    25: "infer_export:export.py --save old",
+    27: "inference:null",
+    28: "--use_gpu:False",
+    32: "null:null",
+    33: "##",
+    34: "=====more_params=====",
+    36: "inference:infer.py",
+    37: "runs:--backend a|--backend b --precision c",
+    38: "check:check.py --tolerance 1e-4",
+}
+LINES_OF = {
+    PADDLE2ONNX: {**MORE_LINES, 35: "onnx_checker:checker.py"},
+    PTQ: {**MORE_LINES, 35: "quantize:quantize.py -cat bottle"},
+    SERVING: {
+        **MORE_LINES,
+        35: "serving:serve.py --port 0",
+        37: "runs:--backend a",
+        39: "--normal:lite_train_lite_infer=good.png|whole_infer=./all/bottle/good.png",
+        40: "--anomaly:null",
+        41: "client:client.py",
+        42: "--models:null",
+    },
 }
 
 
@@ -110,8 +143,8 @@ class Repository:
     def output(self, mode=LITE, model="toy"):
         return self.root / "test_tipc" / "output" / model / mode
 
-    def results(self, mode=LITE):
-        return (self.output(mode) / "results_python.log").read_text().splitlines()
+    def results(self, mode=LITE, name="python"):
+        return (self.output(mode) / f"results_{name}.log").read_text().splitlines()
 
 
 @pytest.fixture
@@ -154,6 +187,7 @@ def test_one_chain(repository):
         ("0", "0", "train.py"),
         ("3", "3", "train.py"),
         ("-1", "", "train.py"),
+        ("-1,-1", "", "-m paddle.distributed.launch --nproc_per_node=2 --backend=gloo train.py"),
         ("0,1", None, "-m paddle.distributed.launch --gpus=0,1 train.py"),
         (
             "10.0.0.1,10.0.0.2;2,3",
@@ -169,7 +203,7 @@ def test_gpu_list_forms(repository, entry, device, start):
     assert train_device == device
     assert train == f"{start} -c toy.yaml --epochs=2 --save=out_lite --batch_size=4 --data=./little"
     # The steps after the training are one process on the entry's first card.
-    first = {"10.0.0.1,10.0.0.2;2,3": "2", "0,1": "0", "-1": ""}.get(entry, entry)
+    first = {"10.0.0.1,10.0.0.2;2,3": "2", "0,1": "0", "-1": "", "-1,-1": ""}.get(entry, entry)
     assert len(others) == 4 and {other for other, _ in others} == {first}
 
 
@@ -365,7 +399,7 @@ def test_a_run_does_not_inherit_an_old_log(repository):
     assert (other / "results_python.log").read_text() == "another mode's"
 
 
-@pytest.mark.parametrize("script", [DRIVER, PREPARE])
+@pytest.mark.parametrize("script", [DRIVER, PREPARE, PADDLE2ONNX, PTQ, SERVING])
 def test_wrong_arguments(repository, script):
     for changes, arguments, expected in [
         ({}, ["toy.txt", "lite"], "unknown mode 'lite'"),
@@ -458,3 +492,301 @@ def test_prepare_whole_infer_needs_a_checkpoint(repository):
     checkpoint.write_bytes(b"")
     done = repository.run("whole_infer", OUR_CONFIG, PREPARE)
     assert done.returncode == 0 and "results/exp/bottle/best.pdparams" in done.stdout
+
+
+# ---- what a training has done
+
+
+def test_a_training_that_did_not_do_what_the_config_is_about(repository):
+    more = {33: "##", 34: "=====amp_params=====", 35: "tested:in 16 bits|--epochs=2 --save", 36: "reason:hello"}
+    repository.config(more)
+    done = repository.run()
+    assert done.returncode == 0 and not any("Not tested" in line for line in repository.results())
+
+    repository.config({**more, 35: "tested:in 16 bits|in b16"})
+    done = repository.run()
+    assert done.returncode == 3
+    train, said, *others = repository.results()
+    assert train.startswith("Run successfully") and len(others) == 4
+    reason = f"hello from {repository.commands()[0]}"
+    assert said == f"Not tested ({reason}) with command - fakepython {repository.commands()[0]}!"
+    assert done.stdout.endswith(f"but not all was tested:\n- {reason}\n")
+
+    # A failure outweighs it, and a training that failed was not even tried.
+    assert repository.run(FAIL="infer.py").returncode == 1
+    assert repository.run(FAIL="train.py").returncode == 1
+    assert not any("Not tested" in line for line in repository.results())
+
+    repository.config({**more, 35: "tested:in 16 bits", 36: "reason:absent", 4: "gpu_list:0|-1"})
+    done = repository.run()
+    assert done.returncode == 3 and done.stdout.count("- its output says nothing of 'absent'") == 2
+
+
+# ---- chains that go on after the 32 lines
+
+
+def test_paddle2onnx_and_ptq(repository):
+    for script, name, first in (
+        (PADDLE2ONNX, "paddle2onnx", "checker.py ./inference/inference.onnx"),
+        (PTQ, "ptq", "quantize.py -cat bottle --data=./little --model_dir=./inference"),
+    ):
+        repository.config(LINES_OF[script])
+        done = repository.run(script=script)
+        assert done.returncode == 0, done.stdout + done.stderr
+        to = f"test_tipc/output/toy/{LITE}/{name}"
+        infer = "--use_gpu=False --batch_size=1 --model_dir=./inference --image=good.png --save_json="
+        expected = [
+            first,
+            f"infer.py --backend a {infer}{to}_1.jsonl",
+            f"infer.py --backend b --precision c {infer}{to}_2.jsonl",
+            f"check.py --tolerance 1e-4 {to}_1.jsonl {to}_2.jsonl",
+        ]
+        assert [command.split()[0] for command in repository.commands()[:3]] == ["train.py", "eval.py", "export.py"]
+        assert repository.commands()[3:] == expected
+        succeeded = [f"Run successfully with command - fakepython {command}!" for command in expected]
+        assert repository.results(name=name) == succeeded
+        assert len(repository.results()) == 3
+
+
+def test_the_data_variable_and_the_folders_of_another_mode(repository, tmp_path):
+    repository.config(LINES_OF[SERVING])
+    done = repository.run("whole_infer", str(repository.root / "toy.txt"), SERVING, cwd=tmp_path, data="/big disk")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--image=/big disk/bottle/test" in repository.commands()[2]
+    assert repository.commands()[-1].endswith("--normal=/big disk/bottle/good.png")
+
+
+def test_serving(repository):
+    repository.config(LINES_OF[SERVING])
+    done = repository.run(script=SERVING)
+    assert done.returncode == 0, done.stdout + done.stderr
+    to = f"test_tipc/output/toy/{LITE}/serving"
+    infer, serve, client, check = repository.commands()[3:]
+    assert infer.startswith("infer.py --backend a ") and infer.endswith(f" --save_json={to}_1.jsonl")
+    assert serve == "serve.py --port 0 --models=./inference"
+    assert client == f"client.py http://127.0.0.1:1 {to}_1.jsonl {to}_answers.jsonl"
+    assert check == f"check.py --tolerance 1e-4 {to}_1.jsonl {to}_answers.jsonl --normal=good.png"
+    succeeded = [f"Run successfully with command - fakepython {words}!" for words in (infer, client, check, serve)]
+    assert repository.results(name="serving") == succeeded
+
+
+@pytest.mark.parametrize(
+    "environment, states",
+    [
+        ({"FAIL": "train.py"}, None),
+        ({"FAIL": "infer.py"}, ["failed", "skipped", "skipped", "skipped"]),
+        ({"FAIL": "serve.py"}, ["ok", "skipped", "skipped", "failed"]),
+        ({"FAIL": "client.py"}, ["ok", "failed", "skipped", "ok"]),
+        ({"FAIL": "check.py"}, ["ok", "ok", "failed", "ok"]),
+        ({"END": "5"}, ["ok", "ok", "ok", "failed"]),
+    ],
+)
+def test_failures_of_serving(repository, environment, states):
+    repository.config(LINES_OF[SERVING])
+    done = repository.run(script=SERVING, **environment)
+    assert done.returncode == 1
+    starts = {"ok": "Run successfully with", "failed": "Run failed with", "skipped": "Run skipped"}
+    results = repository.results(name="serving")
+    assert [line.startswith(starts[state]) for line, state in zip(results, states or [], strict=True)] == [
+        True for _ in results
+    ]
+    assert f"exit code {environment.get('END', 1)}: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "script, failing, states",
+    [
+        (PADDLE2ONNX, "checker.py", ["failed", "skipped", "skipped", "skipped"]),
+        (PTQ, "quantize.py", ["failed", "skipped", "skipped", "skipped"]),
+        (PTQ, "b", ["ok", "ok", "failed", "skipped"]),
+        (PADDLE2ONNX, "check.py", ["ok", "ok", "ok", "failed"]),
+    ],
+)
+def test_failures_of_paddle2onnx_and_ptq(repository, script, failing, states):
+    repository.config(LINES_OF[script])
+    assert repository.run(script=script, FAIL=failing).returncode == 1
+    starts = {"ok": "Run successfully with", "failed": "Run failed with", "skipped": "Run skipped"}
+    results = repository.results(name="ptq" if script == PTQ else "paddle2onnx")
+    for line, state in zip(results, states, strict=True):
+        assert line.startswith(starts[state]), line
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({35: "inference:infer.py"}, "line 35 should be 'onnx_checker:...' but is 'inference:infer.py'"),
+        ({38: ""}, "line 38 should be 'check:...'"),
+        ({4: "gpu_list:0|-1"}, "lines 4, 13 and 24 must name one thing each"),
+        ({20: "null:null"}, "line 20 names no folder"),
+    ],
+)
+def test_a_chain_whose_lines_do_not_fit(repository, changes, expected):
+    repository.config({**LINES_OF[PADDLE2ONNX], **changes})
+    done = repository.run(script=PADDLE2ONNX)
+    assert (done.returncode, done.stdout) == (2, "") and expected in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and repository.calls() == []
+
+
+# ---- one command for each chain
+
+
+def test_one_command_for_each_chain(repository):
+    """The committed configs, each by its own driver."""
+    make_category(repository.root / "lite_data")
+    for chain, code, last, extra in (
+        ("train_infer_python", 0, "deploy/infer.py", ""),
+        ("train_amp_infer_python", 3, "deploy/infer.py", " --amp "),
+        ("train_fleet_infer_python", 3, "deploy/infer.py", "--nproc_per_node=2 --backend=gloo train.py"),
+        ("paddle2onnx_infer_python", 0, "test_tipc/check_results.py", "--backend onnxruntime"),
+        ("train_ptq_infer_python", 0, "test_tipc/check_results.py", "--precision int8"),
+    ):
+        done = repository.run(script="test_tipc/run.sh", arguments=[chain], python=str(repository.python))
+        assert done.returncode == code, (chain, done.stdout + done.stderr)  # 3: the fake says nothing of 16 bits
+        assert "./lite_data (bottle)" in done.stdout
+        assert extra in "\n".join(repository.commands())
+        assert repository.commands()[-1].split()[0] == last
+        assert all("tipc_" in command for command in repository.commands() if "exp_dir" in command)
+
+
+def test_one_command_and_what_is_wrong(repository):
+    for arguments in ([], ["no_chain"], ["train_infer_python", LITE, "more"]):
+        done = repository.run(script="test_tipc/run.sh", arguments=arguments)
+        assert done.returncode == 2 and "CHAIN: paddle2onnx_infer_python serving_infer_python train_amp" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    done = repository.run(script="test_tipc/run.sh", arguments=["train_infer_python", "whole_train_whole_infer"])
+    assert done.returncode == 2 and "MVTec AD" in done.stderr and repository.calls() == []
+    done = repository.run(script="test_tipc/run.sh", arguments=["paddle2onnx_infer_python", "lite"])
+    assert done.returncode == 2 and "unknown mode 'lite'" in done.stderr
+
+
+# ---- the programs of the chains
+
+
+def check(folder, reference, other, *options):
+    for name, results in (("reference", reference), ("other", other)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    command = [sys.executable, ROOT / "test_tipc/check_results.py", "--tolerance", "1e-4", *options]
+    done = subprocess.run(
+        [*command, "reference.jsonl", "other.jsonl"], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_results_are_compared(tmp_path):
+    good = {"path": "images/good.png", "score": 0.3, "label": "Normal"}
+    bad = {"path": "images/bad.png", "score": 0.9, "label": "Anomaly"}
+    labels = ("--normal", "./images/good.png", "--anomaly", "images/bad.png")
+    code, text = check(tmp_path, [good, bad], [bad, {**good, "score": 0.30005}], *labels)
+    assert code == 0 and text.startswith("2 pictures: same labels, scores within 5e-05")
+    for other, options, expected in (
+        ([good, {**bad, "score": 0.9002}], (), "images/bad.png: Anomaly 0.900000 is not Anomaly 0.900200"),
+        ([good, {**bad, "score": float("nan")}], (), "is not Anomaly nan"),
+        ([good, {**bad, "label": "Normal"}], (), "is not Normal 0.9"),
+        ([good], (), "images/bad.png: only in one of the two"),
+        ([good, {"path": "images/bad.png", "error": "cut off"}], (), "cut off"),
+        ([good, bad], ("--normal", "images/bad.png"), "images/bad.png: Normal is right, not Anomaly"),
+        ([good, bad], ("--anomaly", "images/none.png"), "images/none.png: Anomaly is right, not None"),
+    ):
+        code, text = check(tmp_path, [good, bad], other, *options)
+        assert code == 1 and expected in text and len(text.splitlines()) == 1, text
+
+
+def test_results_that_cannot_be_compared(tmp_path):
+    good = {"path": "good.png", "score": 0.3, "label": "Normal"}
+    for other, expected in (
+        ([], "other.jsonl: holds no results"),
+        ([{"path": "good.png"}], "not results of"),
+        ([3], "not"),
+    ):
+        code, text = check(tmp_path, [good], other)
+        assert code == 2 and text.startswith("error: other.jsonl") and expected in text
+        assert len(text.splitlines()) == 1
+
+
+def test_pictures_are_posted_to_no_service(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"path": "good.png"}\n')
+    code = "import post_pictures as p; p.READY_SECONDS = 0; p.run_main(p.main)"
+    for results, expected in (("results.jsonl", "http://127.0.0.1:9/health/ready: "), ("none.jsonl", "none.jsonl: ")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "http://127.0.0.1:9", results, "answers.jsonl"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "test_tipc")},
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {expected}")
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "answers.jsonl").exists()
+
+
+# ---- the real programs, small
+
+
+SMALL = " -o input_size=64 -o flow_step=1 -o pretrained=offline"
+
+
+def has_option(option, *program):
+    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return option in done.stdout
+
+
+def run_real(root, exported, chain, mode, changes):
+    """The chain on a model of conftest's size; the programs are ours, everything is written under root."""
+    for name in ("train.py", "eval.py", "models", "datasets", "utils", "deploy", "configs", "images"):
+        (root / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "lite_data", root / "data")
+    (root / "lite_data").symlink_to(root / "data")
+    shutil.copytree(exported.parent / "results", root / "results")
+    shutil.copytree(ROOT / "test_tipc", root / "test_tipc", ignore=shutil.ignore_patterns("output"))
+    config = root / f"test_tipc/configs/fastflow/{chain}.txt"
+    lines = dict(enumerate(config.read_text().splitlines(), 1))
+    for number in (14, 22, 25):
+        lines[number] += SMALL
+    lines |= {17: "eval:null", **changes}
+    config.write_text("".join(lines[number] + "\n" for number in sorted(lines)))
+    return subprocess.run(
+        ["bash", root / "test_tipc/run.sh", chain, mode],
+        env={**os.environ, "python": sys.executable},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def test_paddle2onnx_for_real(tmp_path, exported):
+    pytest.importorskip("paddle2onnx")
+    pytest.importorskip("onnxruntime")
+    done = run_real(tmp_path, exported, "paddle2onnx_infer_python", "whole_infer", {})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "26 pictures: same labels" in done.stdout
+
+
+def test_serving_for_real(tmp_path, exported):
+    # One epoch of so small a model tells good from bad at no picture for sure.
+    unlabelled = {39: "null:null", 40: "null:null"}
+    done = run_real(tmp_path, exported, "serving_infer_python", "whole_infer", unlabelled)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "26 pictures: same labels" in done.stdout and "Run successfully with command - " in done.stdout
+
+
+@pytest.mark.skipif(not (ROOT / "deploy/quantize.py").exists(), reason="there is no deploy/quantize.py yet")
+def test_ptq_for_real(tmp_path, exported):
+    done = run_real(tmp_path, exported, "train_ptq_infer_python", "whole_infer", {})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "26 pictures: same labels" in done.stdout
+
+
+TRAINING_ONLY = {6: "--epochs:1", 22: "norm_export:null", 27: "inference:null"}
+
+
+@pytest.mark.skipif(not has_option("--amp", "train.py"), reason="train.py has no --amp yet")
+def test_amp_for_real(tmp_path, exported):
+    done = run_real(tmp_path, exported, "train_amp_infer_python", LITE, TRAINING_ONLY)
+    assert "mixed precision: " in done.stdout
+    assert done.returncode == (3 if "compute in float32" in done.stdout else 0), done.stdout + done.stderr
+
+
+def test_fleet_for_real(tmp_path, exported):
+    done = run_real(tmp_path, exported, "train_fleet_infer_python", LITE, TRAINING_ONLY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "global batch 8 over 2 process(es)" in done.stdout
