@@ -129,9 +129,10 @@ class FeatureNorm(nn.BatchNorm2D):
 
 
 class BothAxes(nn.Layer):
-    """A fixed linear map of the rows and one of the columns: R (A C^T) for each map A.
+    """A fixed linear map of the rows and one of the columns: R (C A^T)^T = R A C^T for each map A.
 
-    In this order, Paddle Inference 3.3.1 with oneDNN crashes more rarely than for (R A) C^T.
+    The constants stand on the left: with oneDNN on, Paddle Inference 3.3.1 reads past a constant matrix on the right
+    of a batch of two or more, and returns other numbers or crashes.
     """
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -142,7 +143,7 @@ class BothAxes(nn.Layer):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, 1, h, w) -> (B, 1, H, W)."""
-        return paddle.matmul(self.rows, paddle.matmul(maps, self.columns, transpose_y=True))
+        return paddle.matmul(self.rows, paddle.matmul(self.columns, maps, transpose_y=True), transpose_y=True)
 
     def after(self, first: "BothAxes") -> "BothAxes":
         """The map that does `first` and then this one."""
