@@ -91,6 +91,9 @@ class Place:
         out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
+    def last(self, name: str) -> Path:
+        return self.folder / "results/exp" / name / "last.pdparams"
+
     def notes(self) -> list[dict]:
         """What the trainings were called with, in the order of their ends; each is told once."""
         path = self.folder / "notes.jsonl"
@@ -130,13 +133,8 @@ def test_jobs_share_the_machine(place):
     notes = place.notes()
     assert sorted(note["category"] for note in notes) == list("abcde")
     assert at_once(notes) == 2
-    # runtime.setup() and the feature cache divide by this; a number of threads for all would go before it
+    # runtime.setup() and the feature cache divide by the former, unless the latter is set
     assert {(note["PADDLE_LOCAL_SIZE"], note["OMP_NUM_THREADS"]) for note in notes} == {("2", None)}
-
-
-def test_no_share_for_a_job_without_a_category(place):
-    assert place.run("a", JOBS="8").returncode == 0
-    assert place.notes()[0]["PADDLE_LOCAL_SIZE"] == "1"
 
 
 def test_each_card_has_one_category_at_a_time(place):
@@ -175,44 +173,24 @@ def test_a_category_that_fails_spoils_no_other(place):
     assert "the table of" in done.stdout
 
 
-def test_starting_again_goes_on(place):
+def test_starting_again_goes_on_and_names_what_another_config_trained(place):
     place.configure(epochs=3)
-    place.run("cut", "whole")
-    last = place.folder / "results/exp/cut/last.pdparams"
-    content = pickle.loads(last.read_bytes())
-    last.write_bytes(pickle.dumps({**content, "epoch": 1, "history": content["history"][:1]}))
+    assert place.run("cut", "foreign", "whole").returncode == 0
+    content = {name: pickle.loads(place.last(name).read_bytes()) for name in ("cut", "foreign")}
+    content["cut"].update(epoch=1, history=content["cut"]["history"][:1])
+    content["foreign"]["config"].update(lr=0.5, clamp=1.0)
+    for name in content:
+        place.last(name).write_bytes(pickle.dumps(content[name]))
+    before = place.last("foreign").read_bytes()
     place.notes()
     done = place.run("new")
-    assert done.returncode == 0, done.stderr
     assert [(note["category"], note["resume"]) for note in place.notes()] == [("cut", True), ("new", False)]
     for name in ("cut", "whole", "new"):
         assert re.search(rf"{name} +done .*\(epoch 1 of 3\)", done.stdout)
-
-
-def test_a_training_that_ran_out_of_patience_is_done(place):
-    place.configure(epochs=3, patience=2)
-    place.run("part")
-    place.notes()
-    last = place.folder / "results/exp/part/last.pdparams"
-    content = pickle.loads(last.read_bytes())
-    content["config"]["epochs"] = 50
-    last.write_bytes(pickle.dumps(content))
-    place.configure(epochs=50, patience=2)
-    assert place.run().returncode == 0
-    assert not (place.folder / "notes.jsonl").exists(), "it trained again"
-
-
-def test_another_config_is_named_and_changes_nothing(place):
-    place.run("part")
-    last = place.folder / "results/exp/part/last.pdparams"
-    before = last.read_bytes()
-    place.notes()
-    place.configure(epochs=4, lr=0.5)
-    done = place.run("other")
     assert done.returncode == 1
-    assert "part/last.pdparams: was trained with epochs 2, lr 0.001, the config says epochs 4, lr 0.5" in done.stderr
-    assert last.read_bytes() == before
-    assert [note["category"] for note in place.notes()] == ["other"]
+    line = "foreign/last.pdparams: was trained with clamp 1.0, lr 0.5, the config says clamp 2.0, lr 0.001"
+    assert line in done.stderr
+    assert place.last("foreign").read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -231,9 +209,6 @@ def test_interrupting_ends_the_trainings_and_keeps_what_they_have(place, number)
     )
     assert "slow1  stopped" in out
     assert "the table of" not in out
-    assert place.run(JOBS="3").returncode == 0
-    resumed = {note["category"]: note["resume"] for note in place.notes()}
-    assert resumed == {"slow1": True, "slow2": True, "third": False}
 
 
 def test_nobody_trains_a_category_twice_at_once(place):
@@ -241,10 +216,12 @@ def test_nobody_trains_a_category_twice_at_once(place):
     folder.mkdir(parents=True)
     with open(folder / "output.log", "a") as output:
         fcntl.flock(output, fcntl.LOCK_EX)
-        done = place.run("part", "other")
+        done = place.run("part", "other", JOBS="8")
     assert done.returncode == 1
     assert "results/exp/part: another process is training it" in done.stderr
-    assert [note["category"] for note in place.notes()] == ["other"]
+    (note,) = place.notes()
+    assert note["category"] == "other"
+    assert note["PADDLE_LOCAL_SIZE"] == "2", "there are no more jobs than categories"
 
 
 def test_a_terminal_shows_a_line_per_category(place):
@@ -289,6 +266,23 @@ def test_bad_input_is_one_line(place, environ, word):
     assert word in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (place.folder / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
+def test_the_slurm_script_of_the_readme(place, name):
+    """Its body, as a task of an array runs it: the second category, then the same again."""
+    (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    for category in ("bottle", "my part", "zipper"):
+        (place.folder / "data" / category / "test").mkdir(parents=True)
+    (place.folder / "configs").mkdir()
+    (place.folder / "configs/resnet18.yaml").symlink_to(place.folder / "config.yaml")
+    (place.folder / "python").symlink_to(sys.executable)
+    (place.folder / "results/exp/my part").mkdir(parents=True)  # train.py itself makes it
+    environ = {**os.environ, "PATH": f"{place.folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        command = ["bash", "-c", text]
+        subprocess.run(command, cwd=place.folder, env={**environ, "SLURM_ARRAY_TASK_ID": "2"}, check=True, timeout=60)
+    assert [(note["category"], note["resume"]) for note in place.notes()] == [("my part", False), ("my part", True)]
 
 
 def test_two_real_categories_at_a_time(tmp_path):
