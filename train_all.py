@@ -258,7 +258,7 @@ class Trainings:
             try:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return f"{folder}: another process is training it; wait for that, or end it"
+                return "another process is training it; wait for that, or end it"
             history = trained_so_far(folder, self._config)
             if not finished(history, self._config):
                 reason = self._run_process(gpu, name, bool(history), output)
@@ -303,7 +303,9 @@ class Trainings:
                     self._board.printed(name, line.rstrip())
         if process.returncode < 0:
             return f"ended by {signal.Signals(-process.returncode).name} after: {last}"
-        return last if process.returncode else None
+        if process.returncode:
+            return last or f"exit code {process.returncode}, nothing printed"
+        return None
 
 
 if __name__ == "__main__":

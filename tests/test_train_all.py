@@ -41,6 +41,8 @@ try:
     if "broken" in args.cat:
         print("much happens\\n" * 3)
         sys.exit(f"error: {args.cat}: the last line")
+    if "silent" in args.cat:
+        sys.exit(3)
     if "killed" in args.cat:
         print("before the end", flush=True)
         os.kill(os.getpid(), 9)
@@ -165,10 +167,11 @@ def test_devices(monkeypatch):
 
 
 def test_a_category_that_fails_spoils_no_other(place):
-    done = place.run("broken", "killed", "last", JOBS="2")
+    done = place.run("broken", "killed", "last", "silent", JOBS="2")
     assert done.returncode == 1
     assert "train.sh: broken failed: error: broken: the last line; see results/exp/broken" in done.stderr
     assert "train.sh: killed failed: ended by SIGKILL after: before the end" in done.stderr
+    assert "train.sh: silent failed: exit code 3, nothing printed" in done.stderr
     assert "last    done" in done.stdout
     assert "the table of" in done.stdout
 
@@ -218,7 +221,7 @@ def test_nobody_trains_a_category_twice_at_once(place):
         fcntl.flock(output, fcntl.LOCK_EX)
         done = place.run("part", "other", JOBS="8")
     assert done.returncode == 1
-    assert "results/exp/part: another process is training it" in done.stderr
+    assert "part failed: another process is training it" in done.stderr
     (note,) = place.notes()
     assert note["category"] == "other"
     assert note["PADDLE_LOCAL_SIZE"] == "2", "there are no more jobs than categories"
