@@ -99,7 +99,10 @@ def main() -> None:
         f"{len(category.test)} test pictures"
     )
     logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
-    logger.info(f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es)")
+    logger.info(
+        f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es), "
+        f"learning rate {config.lr:g} ({config.lr_schedule})"
+    )
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
     epochs = range(len(history) + 1, config.epochs + 1)
     with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:

@@ -33,5 +33,6 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         expected, actual = ([float(row[key]) for row in rows] for rows in (one, two))
         np.testing.assert_allclose(actual, expected, rtol=tolerance, err_msg=key)
     log = (folders[1] / "results/exp/bottle/train.log").read_text()
-    assert "global batch 9 over 2 process(es)" in log
+    assert "global batch 9 over 2 process(es), learning rate 0.001 (constant)" in log
     assert log.count("Epoch 3 - iter:3/3") == 1, "one process writes"
+    assert "Epoch" not in (folders[1] / "log/workerlog.1").read_text(), "and one prints"

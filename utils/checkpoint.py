@@ -103,10 +103,26 @@ def load_for_resume(
         average.resume(checkpoint.get("average"), str(path))
     try:
         optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
-        checkpoint["history"] = [EpochRow(**row) for row in checkpoint["history"]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})") from error
+        raise _not_ours(path, error) from error
+    checkpoint["history"] = history_of(checkpoint, path)
     return checkpoint
+
+
+def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
+    """The epochs up to a checkpoint that train.py wrote to `path`.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        return [EpochRow(**row) for row in checkpoint["history"]]
+    except (KeyError, TypeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
