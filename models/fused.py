@@ -69,10 +69,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def flow(
-    x: Tensor,
-    steps: Sequence[nn.Layer],
-    plain: Callable[[Tensor], tuple[Tensor, Tensor]],
-    training: bool,
+    x: Tensor, steps: Sequence[nn.Layer], plain: Callable[[Tensor], tuple[Tensor, Tensor]], training: bool
 ) -> tuple[Tensor, Tensor]:
     """Run a flow's steps: (B, C, H, W) -> z (B, C, H, W), log-det (B).
 
@@ -83,7 +80,7 @@ def flow(
             but that of a loss in training. Paddle 3.3 runs the backward pass of a PyLayer once only, for all its
             inputs, and crashes on `retain_graph`; gradients in eval mode, or of an x that is a variable itself,
             are for looking at the model and may be asked for in any way.
-        training: whether the flow is in training mode.
+        training: whether the flow is in training mode, in which the subnets' `training_dtype` counts.
     """
     parameters = [p for step in steps for p in _parameters(step)]
     if not usable(x, *parameters):
