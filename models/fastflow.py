@@ -15,6 +15,20 @@ from utils import distributed
 from utils.config import Config
 
 
+class Subnet(nn.Sequential):
+    """A coupling's network. In training its convolutions compute in `training_dtype`; what it returns is float32."""
+
+    training_dtype = "float32"  # or bfloat16, float16: `FastFlow.train_in`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C/2, H, W) -> (B, C, H, W)."""
+        if not self.training or self.training_dtype == "float32":
+            return super().forward(x)
+        with paddle.amp.auto_cast(dtype=self.training_dtype):
+            y = super().forward(x)
+        return y.astype("float32")
+
+
 class FlowStep(nn.Layer):
     """Two affine couplings that share one subnet, a scale and offset per channel, and a fixed permutation.
 
@@ -33,7 +47,7 @@ class FlowStep(nn.Layer):
         half = channels // 2
         hidden = int(half * hidden_ratio)
         self.clamp = clamp
-        self.subnet = nn.Sequential(
+        self.subnet = Subnet(
             nn.Conv2D(half, hidden, kernel, padding="same"),
             nn.ReLU(),
             nn.Conv2D(hidden, channels, kernel, padding="same"),
@@ -181,6 +195,15 @@ class FastFlow(nn.Layer):
         """Train the norms and flows; the backbone stays in eval mode, its BatchNorm statistics are ImageNet's."""
         super().train()
         self.feature_extractor.eval()
+
+    def train_in(self, dtype: str) -> None:
+        """Let the subnets' convolutions compute in float32, bfloat16 or float16 in training; eval mode is float32.
+
+        Parameters and their gradients, scales, log-dets and losses are float32 with any of them.
+        """
+        for layer in self.sublayers():
+            if isinstance(layer, Subnet):
+                layer.training_dtype = dtype
 
     def trainable_parameters(self) -> int:
         """How many numbers training changes."""
