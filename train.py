@@ -29,6 +29,7 @@ def parse_args() -> argparse.Namespace:
         "--test_epochs", type=positive_int, help="evaluate every N epochs; instead of the config's eval_interval"
     )
     parser.add_argument("--backbone_weights", metavar="FILE", help="ImageNet weights: .pdparams, .npz or .safetensors")
+    parser.add_argument("--amp", action="store_true", help="mixed precision where it is faster; in eval mode float32")
     parser.add_argument("--resume", action="store_true", help="go on from last.pdparams of the same folder")
     return parser.parse_args()
 
@@ -39,7 +40,8 @@ def main() -> None:
         raise UserError(
             "--backbone_weights: the checkpoint that --resume goes on from holds the backbone; leave it out"
         )
-    config = start(args, epochs=args.epochs, batch_size=args.batch_size, eval_interval=args.test_epochs)
+    options = {"epochs": args.epochs, "batch_size": args.batch_size, "eval_interval": args.test_epochs}
+    config = start(args, **options, amp=args.amp or None)
 
     import paddle  # this and what imports it: only after start() has set the runtime up
 
@@ -51,7 +53,8 @@ def main() -> None:
     from utils.checkpoint import load_for_resume, published_state, save_checkpoint
     from utils.evaluation import mean_loss, measure_while_training
     from utils.features import CacheBudget, FeatureCache
-    from utils.training import build_optimizer, train_epoch
+    from utils.loss_scale import LossScale
+    from utils.training import build_optimizer, mixed_precision, train_epoch
 
     distributed.start()
     # ---- data, model, features: what is wrong with them shows here, before anything is written
@@ -67,12 +70,16 @@ def main() -> None:
     paddle.seed(config.seed)
     model = FastFlow(config)
     folder = make_folder(experiment_folder(args.exp_dir) / category.name)
+    dtype, precision = mixed_precision() if config.amp else ("float32", "float32")
+    model.train_in(dtype)
     optimizer = build_optimizer(model, config)
+    scale = LossScale() if dtype == "float16" else None
     average = WeightAverage(model, config.ema_decay)
     held_out_names = [path.name for path in held_out]
     history: list[EpochRow] = []
     if args.resume:
-        checkpoint = load_for_resume(model, optimizer, average, config, held_out_names, folder / "last.pdparams")
+        last = folder / "last.pdparams"
+        checkpoint = load_for_resume(model, optimizer, average, scale, config, held_out_names, last)
         history = checkpoint["history"]
         backbone = checkpoint["backbone"]
     else:
@@ -99,7 +106,12 @@ def main() -> None:
         f"{len(category.test)} test pictures"
     )
     logger.info(f"{category.name}  backbone weights: {describe_backbone(backbone)}")
-    logger.info(f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es)")
+    logger.info(
+        f"{category.name}  global batch {config.batch_size} over {distributed.processes()} process(es), "
+        f"learning rate {config.lr:g} ({config.lr_schedule})"
+    )
+    if config.amp:
+        logger.info(f"{category.name}  mixed precision: the flows' convolutions compute in {precision}")
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
     epochs = range(len(history) + 1, config.epochs + 1)
     with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
@@ -115,6 +127,7 @@ def main() -> None:
                 config,
                 epoch,
                 average,
+                scale,
                 lambda line: logger.info(f"{category.name}  {line}"),
             )
             image = pixel = val_loss = None
@@ -122,7 +135,9 @@ def main() -> None:
                 if epoch % config.eval_interval == 0 or epoch == config.epochs:
                     image, pixel, val_loss = distributed.from_first(evaluate)
                 state = published_state(model)
-                averaging = {"average": average.state()} if config.ema_decay else {}
+                extra = {"average": average.state()} if config.ema_decay else {}
+            if scale:
+                extra["loss_scale"] = scale.state()
             selection = selection_value(config, image, pixel, val_loss)
             seconds = time.perf_counter() - started
             history.append(EpochRow(epoch, loss, optimizer.get_lr(), image, pixel, selection, seconds, val_loss))
@@ -137,7 +152,7 @@ def main() -> None:
                 "config": config.as_dict(),
                 "history": [asdict(row) for row in history],
                 "held_out": held_out_names,
-                **averaging,
+                **extra,
             }
             if best_row(history) is history[-1]:
                 save_checkpoint(folder / "best.pdparams", content)

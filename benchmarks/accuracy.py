@@ -2,7 +2,8 @@
 
 Runs `train.py` and `eval.py` for each configuration and seed, one after the other, and writes `accuracy.json` (every
 epoch of every run, and both evaluations) and `accuracy.png` here. What a run that was cut off had done is kept: it
-goes on where it stopped. The pictures are those that FASTFLOW_MVTEC_DIR names.
+goes on where it stopped, and runs of other configurations and seeds stay in `accuracy.json`. The pictures are those
+that FASTFLOW_MVTEC_DIR names.
 """
 
 import argparse
@@ -42,20 +43,22 @@ def main() -> None:
     args = parse_args()
     if not args.data:
         raise UserError("--data: name the folder of MVTec AD's categories, or set FASTFLOW_MVTEC_DIR")
-    runs = []
+    file = args.output / "accuracy.json"
+    runs = {(run["config"], run["seed"]): run for run in earlier_runs(file, args.category, args.epochs)}
     for config in args.configs:
         for seed in args.seeds:
-            runs.append(run(config, seed, args))
-            results = {
-                "date": date.today().isoformat(),
-                "machine": describe_machine(),
-                "versions": {name: version(name) for name in ("paddlepaddle", "numpy")},
-                "category": args.category,
-                "epochs": args.epochs,
-                "runs": runs,
-            }
-            write_text(args.output / "accuracy.json", json.dumps(results, indent=1) + "\n")
-    draw(args.output / "accuracy.png", runs, args.category)
+            runs[config, seed] = run(config, seed, args)
+            results = {"category": args.category, "epochs": args.epochs, "runs": [runs[key] for key in sorted(runs)]}
+            write_text(file, json.dumps(results, indent=1) + "\n")
+    draw(args.output / "accuracy.png", results["runs"], args.category)
+
+
+def earlier_runs(file: Path, category: str, epochs: int) -> list[dict[str, Any]]:
+    """The runs in this accuracy.json, if they are of the same category and length."""
+    if not file.exists():
+        return []
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return results["runs"] if (results["category"], results["epochs"]) == (category, epochs) else []
 
 
 def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +78,12 @@ def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         evaluations[name] = row
     with open(folder / args.category / "history.csv", newline="") as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
-    return {"config": config, "seed": seed, "history": history, **evaluations}
+    made = {
+        "date": date.today().isoformat(),
+        "machine": describe_machine(),
+        "versions": {name: version(name) for name in ("paddlepaddle", "numpy")},
+    }
+    return {"config": config, "seed": seed, **made, "history": history, **evaluations}
 
 
 def command(*words: str) -> None:

@@ -141,7 +141,9 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     files = {run["last"]["backbone"]["file"] for run in results["runs"]}
     weights = ", ".join(sorted(file or "offline start" for file in files))
-    where = (results["category"], results["epochs"], results["date"], results["machine"]["cpu"])
+    dates = ", ".join(sorted({run["date"] for run in results["runs"]}))
+    machines = ", ".join(sorted({run["machine"]["cpu"] for run in results["runs"]}))
+    where = (results["category"], results["epochs"], dates, machines)
     note = {
         "en": "{} of MVTec AD, {} epochs, {}, {}, backbone weights {}.",
         "zh": "MVTec AD 的 {}，{} 轮，{}，{}，骨干权重 {}。",

@@ -1,5 +1,6 @@
 """The exported model in each runtime that can run it. In fp32 all of them give the same answer."""
 
+import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploy import runtime
-from deploy.cli import UserError, warn
+from deploy.cli import UserError, boolean, positive_int, warn
 
 FILES = {
     "paddle": ("inference.json", "inference.pdiparams"),
@@ -39,7 +40,7 @@ class Options:
     use_gpu: bool = False
     threads: int = 1
     precision: str = "fp32"
-    use_mkldnn: bool = False  # Paddle 3.3.1 with oneDNN writes past its memory at some batch sizes
+    use_mkldnn: bool = True
     use_tensorrt: bool = False
     max_batch_size: int = 16
 
@@ -111,7 +112,6 @@ class PaddleModel:
             raise UserError(f"--precision {options.precision}: {self.version} has only fp32 on the CPU")
         config.disable_gpu()
         if options.use_mkldnn:
-            warn(f"--use_mkldnn True: {self.version} may crash at batches above 1; openvino runs oneDNN without that")
             config.enable_mkldnn()
         else:
             config.disable_mkldnn()
@@ -196,16 +196,30 @@ class OpenvinoModel:
         return [results[i] for i in range(3)]
 
 
-def set_up(backend: str, cpu_threads: int | None, verbose: bool) -> int:
-    """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a runtime and set it up; `asked_for` reads them."""
+    parser.add_argument("--backend", choices=tuple(FILES), default="paddle", help="runtime (%(default)s)")
+    parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
+    parser.add_argument("--use_mkldnn", type=boolean, default=True, help="paddle on a CPU: oneDNN (%(default)s)")
+    parser.add_argument("--use_tensorrt", type=boolean, default=False, help="paddle on a GPU: TensorRT (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="where the runtime has it (%(default)s)"
+    )
+    parser.add_argument("--cpu_threads", type=positive_int, help="threads on a CPU (all cores this process may use)")
 
-    Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
+
+def asked_for(args: argparse.Namespace) -> Options:
+    """What `add_runtime`'s options and `--max_batch_size` ask for. Call it before the runtime is imported.
+
+    Paddle's environment is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
     """
-    if cpu_threads:
-        os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
-    if backend == "paddle":
-        return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
-    return int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+    if args.cpu_threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.cpu_threads)
+    if args.backend == "paddle":
+        threads = int(runtime.setup(args.verbose)["OMP_NUM_THREADS"])
+    else:
+        threads = int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+    return Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
 
 
 def _wrong_size(images: Any) -> UserError:

@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
-from deploy.backends import FILES, PRECISIONS, Options, load_exported, set_up
+from deploy.backends import FILES, add_runtime, asked_for, load_exported
 from deploy.cli import (
     ArgumentParser,
     UserError,
@@ -37,14 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Score pictures with an exported model.")
     parser.add_argument("-cfg", "--config", help="accepted as before; the exported model carries all it needs")
     parser.add_argument("--save_inference_dir", default="./results/inference", help="exported model (%(default)s)")
-    parser.add_argument("--backend", choices=tuple(FILES), default="paddle", help="runtime (%(default)s)")
-    parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
-    parser.add_argument("--use_mkldnn", type=boolean, default=False, help="paddle on a CPU: oneDNN (%(default)s)")
-    parser.add_argument("--use_tensorrt", type=boolean, default=False, help="paddle on a GPU: TensorRT (%(default)s)")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="where the runtime has it (%(default)s)"
-    )
-    parser.add_argument("--cpu_threads", type=positive_int, help="threads on a CPU (all cores this process may use)")
+    add_runtime(parser)
     parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures a run (%(default)s)")
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
@@ -80,8 +73,7 @@ def main() -> int:
     pixel_threshold = description["pixel_threshold"] if args.pixel_threshold is None else args.pixel_threshold
     if args.save_json:
         make_folder(Path(args.save_json).parent)  # better said now than after all the work
-    threads = set_up(args.backend, args.cpu_threads, args.verbose)
-    options = Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
+    options = asked_for(args)
     model = load_exported(folder, args.backend, options)
 
     import numpy as np
@@ -124,7 +116,7 @@ def main() -> int:
         write_text(Path(args.save_json), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
     if args.benchmark and times:
         print(f"backend: {model.version}, device: {model.device}, precision: {args.precision}, ", end="")
-        print(f"batch_size: {args.batch_size}, threads: {threads}, pictures: {len(times)}")
+        print(f"batch_size: {args.batch_size}, threads: {options.threads}, pictures: {len(times)}")
         print_benchmark(np.array(times), model.device)
     return 0 if len(times) == len(paths) else 2
 

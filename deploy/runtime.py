@@ -51,7 +51,7 @@ def setup(verbose: bool = False) -> dict[str, str]:
 
 
 def local_processes() -> int:
-    """How many processes paddle.distributed.launch runs on this machine; 1 without it."""
+    """How many processes paddle.distributed.launch or train_all.py runs on this machine; 1 without them."""
     return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", "1")))
 
 
@@ -127,6 +127,13 @@ def mkl_code_path(flags: set[str]) -> str | None:
     return None
 
 
+def gpu_count() -> int:
+    """How many GPUs Paddle can use."""
+    import paddle
+
+    return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+
+
 def select_device(name: str = "auto") -> str:
     """Make Paddle use a device and return its name, `cpu` or `gpu:N`.
 
@@ -138,7 +145,7 @@ def select_device(name: str = "auto") -> str:
     """
     import paddle
 
-    count = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    count = gpu_count()
     if name == "auto":
         name = "gpu" if count else "cpu"
     if name == "gpu":

@@ -13,9 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
-from deploy import runtime
-from deploy.backends import Backend, Options, load_exported
-from deploy.cli import ArgumentParser, UserError, boolean, non_negative_float, positive_int, run_main
+from deploy.backends import Backend, Options, add_runtime, asked_for, load_exported
+from deploy.cli import ArgumentParser, UserError, non_negative_float, positive_int, run_main
 from deploy.infer import read_description
 
 
@@ -29,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (%(default)s)")
     parser.add_argument("--port", type=port, default=8866, help="0: any that is free (%(default)s)")
-    parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
+    add_runtime(parser)
     parser.add_argument("--max_batch_size", type=positive_int, default=8, help="pictures a run (%(default)s)")
     parser.add_argument(
         "--max_wait_ms",
@@ -61,9 +60,9 @@ def main() -> None:
     args = parse_args()
     # uvicorn answers what it has taken on, then hands the signal back; without a handler it would kill the process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    folders = named_folders(args.models)
+    folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
-    threads = int(runtime.setup(args.verbose)["OMP_NUM_THREADS"])
+    options = asked_for(args)
     import uvicorn
 
     from deploy.batching import Batcher
@@ -71,7 +70,7 @@ def main() -> None:
 
     models = {}
     for name, (folder, description) in folders.items():
-        model = load(folder, description, args.use_gpu, threads)
+        model = load(folder, description, args.backend, options)
         batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
         models[name] = ServedModel(description, batcher)
     app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels))
@@ -82,7 +81,7 @@ def main() -> None:
     uvicorn.Server(config).run([listener])
 
 
-def named_folders(models: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+def named_folders(models: str, backend: str) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Folder and description of each exported model in `--models`, by the name it is served under.
 
     Raises:
@@ -91,7 +90,7 @@ def named_folders(models: str) -> dict[str, tuple[Path, dict[str, Any]]]:
     named: dict[str, tuple[Path, dict[str, Any]]] = {}
     for entry in models.split(","):
         name, given, folder = entry.partition("=")
-        description = read_description(Path(folder if given else entry))
+        description = read_description(Path(folder if given else entry), backend)
         if not given:
             name, folder = str(description["category"]), entry
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -115,11 +114,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from error
 
 
-def load(folder: Path, description: dict[str, Any], use_gpu: bool, threads: int) -> Backend:
+def load(folder: Path, description: dict[str, Any], backend: str, options: Options) -> Backend:
     """The model of an exported folder, which has run once, so that the first client does not wait for that."""
     import numpy as np
 
-    model = load_exported(folder, options=Options(use_gpu, threads))
+    model = load_exported(folder, backend, options)
     model.run(np.zeros((1, 3, *description["input_size"]), np.float32))
     return model
 

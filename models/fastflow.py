@@ -15,6 +15,20 @@ from utils import distributed
 from utils.config import Config
 
 
+class Subnet(nn.Sequential):
+    """A coupling's network. In training its convolutions compute in `training_dtype`; what it returns is float32."""
+
+    training_dtype = "float32"  # or bfloat16, float16: `FastFlow.train_in`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C/2, H, W) -> (B, C, H, W)."""
+        if not self.training or self.training_dtype == "float32":
+            return super().forward(x)
+        with paddle.amp.auto_cast(dtype=self.training_dtype):
+            y = super().forward(x)
+        return y.astype("float32")
+
+
 class FlowStep(nn.Layer):
     """Two affine couplings that share one subnet, a scale and offset per channel, and a fixed permutation.
 
@@ -33,7 +47,7 @@ class FlowStep(nn.Layer):
         half = channels // 2
         hidden = int(half * hidden_ratio)
         self.clamp = clamp
-        self.subnet = nn.Sequential(
+        self.subnet = Subnet(
             nn.Conv2D(half, hidden, kernel, padding="same"),
             nn.ReLU(),
             nn.Conv2D(hidden, channels, kernel, padding="same"),
@@ -129,9 +143,10 @@ class FeatureNorm(nn.BatchNorm2D):
 
 
 class BothAxes(nn.Layer):
-    """A fixed linear map of the rows and one of the columns: R (A C^T) for each map A.
+    """A fixed linear map of the rows and one of the columns: R (C A^T)^T = R A C^T for each map A.
 
-    In this order, Paddle Inference 3.3.1 with oneDNN crashes more rarely than for (R A) C^T.
+    The constants stand on the left: with oneDNN on, Paddle Inference 3.3.1 reads past a constant matrix on the right
+    of a batch of two or more, and returns other numbers or crashes.
     """
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -142,7 +157,7 @@ class BothAxes(nn.Layer):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, 1, h, w) -> (B, 1, H, W)."""
-        return paddle.matmul(self.rows, paddle.matmul(maps, self.columns, transpose_y=True))
+        return paddle.matmul(self.rows, paddle.matmul(self.columns, maps, transpose_y=True), transpose_y=True)
 
     def after(self, first: "BothAxes") -> "BothAxes":
         """The map that does `first` and then this one."""
@@ -180,6 +195,15 @@ class FastFlow(nn.Layer):
         """Train the norms and flows; the backbone stays in eval mode, its BatchNorm statistics are ImageNet's."""
         super().train()
         self.feature_extractor.eval()
+
+    def train_in(self, dtype: str) -> None:
+        """Let the subnets' convolutions compute in float32, bfloat16 or float16 in training; eval mode is float32.
+
+        Parameters and their gradients, scales, log-dets and losses are float32 with any of them.
+        """
+        for layer in self.sublayers():
+            if isinstance(layer, Subnet):
+                layer.training_dtype = dtype
 
     def trainable_parameters(self) -> int:
         """How many numbers training changes."""

@@ -10,6 +10,10 @@ conv2 is two convolutions here, because their results go different ways: the one
 t adds itself to the product that `out` already holds. The factor 0.1 is in their weights. Scale, offset and
 permutation are one convolution down the stack of the two halves, whose kernel has one number other than 0 per output.
 
+In mixed precision the subnet's convolutions, forward and backward, take condition, hidden values, weights and the
+gradients that reach them in bfloat16; they add up in float32, and all the rest is float32: x, y, s, log-det, the
+gradients of the parameters.
+
 Who owns what: `_Forward` and `_Backward` own the primitives for one shape and the scratch memory of those, `_Ends` what
 leads in and out. A `_Tape` holds the activations for as long as Paddle keeps the graph; then the next one takes them.
 What belongs to the shapes least recently used is dropped. One lock guards all of it.
@@ -28,7 +32,9 @@ from paddle.autograd import PyLayer
 
 from models.onednn import (
     ADD,
+    BF16,
     EXP,
+    F32,
     LINEAR,
     MUL,
     RELU,
@@ -74,7 +80,7 @@ def flow(
             but that of a loss in training. Paddle 3.3 runs the backward pass of a PyLayer once only, for all its
             inputs, and crashes on `retain_graph`; gradients in eval mode, or of an x that is a variable itself,
             are for looking at the model and may be asked for in any way.
-        training: whether the flow is in training mode.
+        training: whether the flow is in training mode, in which the subnets' `training_dtype` counts.
     """
     parameters = [p for step in steps for p in _parameters(step)]
     if not usable(x, *parameters):
@@ -83,10 +89,11 @@ def flow(
     if wants_gradients and (not training or (x.is_leaf and not x.stop_gradient)):
         return plain(x)
     constants = [(step.permutation.numpy(), step.clamp) for step in steps]
+    kind = BF16 if training and steps[0].subnet.training_dtype == "bfloat16" else F32
     try:
         if wants_gradients:
-            return _Flow.apply(x, *parameters, constants=constants)
-        z, log_det, _ = _forward(x, _steps(parameters, constants), keep=False)
+            return _Flow.apply(x, *parameters, constants=constants, kind=kind)
+        z, log_det, _ = _forward(x, _steps(parameters, constants), kind, keep=False)
         return z, log_det
     except Unavailable:  # no fast kernel for this shape on this CPU
         return plain(x)
@@ -126,9 +133,9 @@ def _steps(parameters: Sequence[Tensor], constants: Sequence[tuple[np.ndarray, f
 
 class _Flow(PyLayer):
     @staticmethod
-    def forward(ctx, x: Tensor, *parameters: Tensor, constants) -> tuple[Tensor, Tensor]:
-        z, log_det, ctx.tapes = _forward(x, _steps(parameters, constants), keep=True)
-        ctx.constants = constants
+    def forward(ctx, x: Tensor, *parameters: Tensor, constants, kind) -> tuple[Tensor, Tensor]:
+        z, log_det, ctx.tapes = _forward(x, _steps(parameters, constants), kind, keep=True)
+        ctx.constants, ctx.kind = constants, kind
         ctx.save_for_backward(x, *parameters)
         return z, log_det
 
@@ -137,7 +144,7 @@ class _Flow(PyLayer):
         if paddle.is_grad_enabled():
             raise RuntimeError("create_graph=True: put the flow into eval mode for gradients of gradients")
         x, *parameters = ctx.saved_tensor()
-        gradients = _backward(ctx.tapes, _steps(parameters, ctx.constants), z_gradient, log_det_gradient)
+        gradients = _backward(ctx.tapes, _steps(parameters, ctx.constants), ctx.kind, z_gradient, log_det_gradient)
         return tuple(None if t.stop_gradient else g for t, g in zip((x, *parameters), gradients, strict=True))
 
 
@@ -152,23 +159,40 @@ class _Stack:
 class _Activations:
     """What a step computes for b images and its backward pass needs again."""
 
-    def __init__(self, b: int, half: int, hidden: int, h: int, w: int) -> None:
+    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kind: int) -> None:
         self.x = _Stack(b, half, h, w)
         self.y = _Stack(b, half, h, w)  # before scale, offset and permutation
-        self.hidden = [Buffer.empty(b, h, w, hidden) for _ in range(2)]  # per use of the subnet
+        self.hidden = [Buffer.empty(b, h, w, hidden, kind=kind) for _ in range(2)]  # per use of the subnet
         self.tanh = [Buffer.empty(b, h, w, half) for _ in range(2)]
 
 
-class _Forward:
-    """The primitives of a step's forward pass over b images."""
+class _Narrowing:
+    """Float32 of a size as a convolution of the kind takes it: itself, or in bfloat16 until the next call."""
 
-    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kernel: int) -> None:
+    def __init__(self, size: int, kind: int) -> None:
+        self._reorder = None
+        if kind != F32:
+            self._reorder = reorder(Layout.dense([size]), Layout.dense([size], kind))
+            self._narrow = Buffer.empty(size, kind=kind)
+
+    def __call__(self, buffer: Buffer) -> Buffer:
+        if self._reorder is None:
+            return buffer
+        self._reorder(buffer, self._narrow)
+        return self._narrow
+
+
+class _Forward:
+    """The primitives of a step's forward pass over b images, whose subnet computes with numbers of the kind."""
+
+    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kind: int, kernel: int) -> None:
         self._images = b
         condition, inner = (b, half, h, w), (b, hidden, h, w)
         w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
-        self.conv1 = Convolution(condition, w1, post_ops=PostOps().eltwise(RELU))
-        self.conv_a = Convolution(inner, w2, post_ops=PostOps().eltwise(TANH))
-        self.conv_t = Convolution(inner, w2, post_ops=PostOps().sum())
+        self.narrow = _Narrowing(b * half * h * w, kind)
+        self.conv1 = Convolution(condition, w1, post_ops=PostOps().eltwise(RELU), kind=kind, dst_kind=kind)
+        self.conv_a = Convolution(inner, w2, post_ops=PostOps().eltwise(TANH), kind=kind)
+        self.conv_t = Convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
         flat = Layout.dense([b * half * h * w])
         # (s, clamp, out, target): out = exp(clamp s) target
         self.exp_times = multiply(flat, Layout.dense([1]), PostOps().eltwise(EXP).binary(MUL, flat))
@@ -186,7 +210,7 @@ class _Forward:
         (x1, x2), (y1, y2) = memory.x.halves, memory.y.halves
         total = 0.0
         for i, (condition, target, out) in enumerate(((x1, x2, y2), (y2, x1, y1))):
-            self.conv1(condition, weights.w1, weights.b1, memory.hidden[i])
+            self.conv1(self.narrow(condition), weights.w1, weights.b1, memory.hidden[i])
             self.conv_a(memory.hidden[i], weights.wa, weights.ba, memory.tanh[i])
             self.exp_times(memory.tanh[i], weights.clamp, out, target)
             self.conv_t(memory.hidden[i], weights.wt, weights.bt, out)
@@ -214,22 +238,22 @@ class _ForwardWeights:
 class _Backward:
     """The primitives of a step's backward pass over b images, and the scratch memory they share."""
 
-    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kernel: int, clamp: float) -> None:
+    def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kind: int, kernel: int, clamp: float) -> None:
         condition, inner = (b, half, h, w), (b, hidden, h, w)
         w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
-        self.w1_gradient = WeightsGradient(condition, w1)
-        self.w2_gradient = WeightsGradient(inner, w2)
-        self.conv_a_adjoint = Convolution(condition, w1)
-        self.conv_t_adjoint = Convolution(condition, w1, post_ops=PostOps().sum())
-        self.conv1_adjoint = Convolution(inner, w2, post_ops=PostOps().sum())
-        self.relu_gradient = eltwise_gradient(RELU_OF_DST, b * hidden * h * w)
+        self.w1_gradient = WeightsGradient(condition, w1, kind)
+        self.w2_gradient = WeightsGradient(inner, w2, kind)
+        self.conv_a_adjoint = Convolution(condition, w1, kind=kind, dst_kind=kind)
+        self.conv_t_adjoint = Convolution(condition, w1, post_ops=PostOps().sum(), kind=kind, dst_kind=kind)
+        self.conv1_adjoint = Convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
+        self.relu_gradient = eltwise_gradient(RELU_OF_DST, b * hidden * h * w, kind)
         self.tanh_gradient = eltwise_gradient(TANH_OF_DST, b * half * h * w)
         # (gradient of target, target, gradient of s, gradient of log-det): the third is clamp (first second + fourth)
         images, each = Layout.dense([1, b, half * h * w]), Layout.dense([1, b, 1])
         self.s_gradient = multiply(images, images, PostOps().binary(ADD, each).eltwise(LINEAR, clamp, 0))
         self.y = _Stack(b, half, h, w)
         self.a = Buffer.empty(b, h, w, half)
-        self.hidden = Buffer.empty(b, h, w, hidden)
+        self.hidden = Buffer.empty(b, h, w, hidden, kind=kind)
         self.no_bias = Buffer(np.zeros(max(half, hidden), np.float32))
         # written by each call of a weights' gradient, then added to the sums
         self.w1, self.b1 = Buffer.empty(self.w1_gradient.size), Buffer.empty(hidden)
@@ -259,12 +283,15 @@ class _Backward:
             forward.exp_times(s, weights.clamp, g_target, g_out)
             self.s_gradient(g_target, target, self.a, log_det_gradient)
             self.tanh_gradient(s, self.a, self.a)
-            self._add(self.w2_gradient, hidden, self.a, self.w2, self.b2, sums.wa, sums.ba)
-            self._add(self.w2_gradient, hidden, g_out, self.w2, self.b2, sums.wt, sums.bt)
-            self.conv_a_adjoint(self.a, weights.wa, self.no_bias, self.hidden)
-            self.conv_t_adjoint(g_out, weights.wt, self.no_bias, self.hidden)
+            narrow = forward.narrow(self.a)
+            self._add(self.w2_gradient, hidden, narrow, self.w2, self.b2, sums.wa, sums.ba)
+            self.conv_a_adjoint(narrow, weights.wa, self.no_bias, self.hidden)
+            narrow = forward.narrow(g_out)
+            self._add(self.w2_gradient, hidden, narrow, self.w2, self.b2, sums.wt, sums.bt)
+            self.conv_t_adjoint(narrow, weights.wt, self.no_bias, self.hidden)
             self.relu_gradient(hidden, self.hidden, self.hidden)
-            self._add(self.w1_gradient, condition, self.hidden, self.w1, self.b1, sums.w1, sums.b1)
+            narrow = forward.narrow(condition)
+            self._add(self.w1_gradient, narrow, self.hidden, self.w1, self.b1, sums.w1, sums.b1)
             self.conv1_adjoint(self.hidden, weights.w1, self.no_bias, g_condition)
 
     @staticmethod
@@ -378,7 +405,7 @@ def _chunks(shape: Sequence[int]) -> Iterator[slice]:
     return (slice(start, min(start + length, b)) for start in range(0, b, length))
 
 
-def _forward(x: Tensor, steps: Sequence[_Step], keep: bool) -> tuple[Tensor, Tensor, list[_Tape]]:
+def _forward(x: Tensor, steps: Sequence[_Step], kind: int, keep: bool) -> tuple[Tensor, Tensor, list[_Tape]]:
     """z (B, C, H, W), log-det (B), and the tapes if they are to be kept."""
     x = x.contiguous()
     _, c, h, w = x.shape
@@ -390,10 +417,11 @@ def _forward(x: Tensor, steps: Sequence[_Step], keep: bool) -> tuple[Tensor, Ten
     with LOCK:
         for images in _chunks(x.shape):
             n = images.stop - images.start
-            kernels = [_forward_kernels(*_shape(n, step, h, w), step.w1.shape[-1]) for step in steps]
+            shapes = [_shape(n, step, h, w, kind) for step in steps]
+            kernels = [_forward_kernels(*shape, step.w1.shape[-1]) for shape, step in zip(shapes, steps, strict=True)]
             if n not in weights:
                 weights[n] = [_ForwardWeights(k, step) for k, step in zip(kernels, steps, strict=True)]
-            tape = _Tape([_shape(n, step, h, w) for step in steps], keep)
+            tape = _Tape(shapes, keep)
             ends = _ends(n, c // 2, h, w)
             ends.split(source[images], tape.steps[0].x)
             followers = [*(memory.x for memory in tape.steps[1:]), ends.stack]
@@ -406,7 +434,7 @@ def _forward(x: Tensor, steps: Sequence[_Step], keep: bool) -> tuple[Tensor, Ten
 
 
 def _backward(
-    tapes: Sequence[_Tape], steps: Sequence[_Step], z_gradient: Tensor, log_det_gradient: Tensor
+    tapes: Sequence[_Tape], steps: Sequence[_Step], kind: int, z_gradient: Tensor, log_det_gradient: Tensor
 ) -> list[Tensor]:
     """The gradients of x, and of each step's parameters in their order."""
     z_gradient = z_gradient.contiguous()
@@ -418,7 +446,7 @@ def _backward(
     with LOCK:
         for images, tape in zip(_chunks(z_gradient.shape), tapes, strict=True):
             n = images.stop - images.start
-            shapes = [(*_shape(n, step, h, w), step.w1.shape[-1]) for step in steps]
+            shapes = [(*_shape(n, step, h, w, kind), step.w1.shape[-1]) for step in steps]
             forward = [_forward_kernels(*shape) for shape in shapes]
             backward = [_backward_kernels(*shape, step.clamp) for shape, step in zip(shapes, steps, strict=True)]
             if n not in weights:
@@ -440,8 +468,8 @@ def _backward(
     return gradients
 
 
-def _shape(n: int, step: _Step, h: int, w: int) -> tuple[int, int, int, int, int]:
-    return n, step.w1.shape[1], len(step.w1), h, w
+def _shape(n: int, step: _Step, h: int, w: int, kind: int) -> tuple[int, int, int, int, int, int]:
+    return n, step.w1.shape[1], len(step.w1), h, w, kind
 
 
 def _tensor(array: np.ndarray) -> Tensor:

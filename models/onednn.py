@@ -3,8 +3,10 @@
 Paddle's own CPU convolution reaches half of what oneDNN does on the same cores, and each pointwise operation is one
 more pass over memory. `models.fused` and `models.folded` build the flows and the backbone from the primitives here.
 
-* Layout: activations are channels-last, (B, H, W, C) in memory, dense float32. The library chooses the layout of
-  weights, and a reorder packs Paddle's (O, I, kH, kW) into it. A reorder also leads from channels-first and back.
+* Layout: activations are channels-last, (B, H, W, C) in memory, dense. The library chooses the layout of weights, and
+  a reorder packs Paddle's (O, I, kH, kW) into it. A reorder also leads from channels-first and back.
+* Numbers: float32, F32, unless a `kind` says BF16. Convolutions take bfloat16 and add up in float32; numpy has no such
+  type and holds it as the upper half of a float32's bits, in uint16.
 * Ownership: a `Primitive` owns its handles, which are destroyed with it. It never owns data: a `Buffer` belongs to the
   caller and is only used during the call. The library's scratch memory is its own.
 * Threads: oneDNN runs on the OpenMP threads that Paddle uses. A `Primitive` serves one caller at a time.
@@ -28,14 +30,18 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from deploy import runtime
+
 # dnnl_types.h of oneDNN 3; the values are part of its ABI
-CPU, IN_ORDER, F32, ANY = 1, 1, 3, 1
+CPU, IN_ORDER, BF16, F32, ANY = 1, 1, 2, 3, 1
 TRAINING, INFERENCE, CONVOLUTION_DIRECT, POOLING_MAX = 64, 96, 1, 0x1FF
 RELU, TANH, LINEAR, EXP, RELU_OF_DST, TANH_OF_DST = 0x20, 0x21, 0x26, 0x2A, 0x100, 0x101
 ADD, MUL = 0x1FFF0, 0x1FFF1
 SRC, SRC_1, DST, WEIGHTS, BIAS = 1, 2, 17, 33, 41
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, POST_OP = 129, 145, 161, 169, 32768
 QUERY_IMPLEMENTATION, QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 8, 131, 132
+
+MEMORY = {F32: np.float32, BF16: np.uint16}  # how numpy holds them
 
 # Every function used and the types of its arguments; all but the two in RESULTS return a status, 0 for success.
 H = c_void_p  # a handle, an array of dimensions, or a pointer to data
@@ -137,53 +143,55 @@ class Handle:
 
 
 class Layout:
-    """A float32 memory descriptor: dimensions in oneDNN's order, (B, C, H, W), and where each element lies."""
+    """A memory descriptor: dimensions in oneDNN's order, (B, C, H, W), where each element lies, and its kind."""
 
-    def __init__(self, *arguments, constructor: str) -> None:
+    def __init__(self, *arguments, constructor: str, kind: int) -> None:
         self._handle = Handle("dnnl_memory_desc", *arguments, constructor=constructor)
         self.value = self._handle.value
-        self.size = library().dnnl_memory_desc_get_size(self.value) // 4  # elements
+        self.kind = kind
+        self.size = library().dnnl_memory_desc_get_size(self.value) // np.dtype(MEMORY[kind]).itemsize  # elements
 
     @classmethod
-    def strided(cls, shape: Sequence[int], strides: Sequence[int]) -> "Layout":
+    def strided(cls, shape: Sequence[int], strides: Sequence[int], kind: int = F32) -> "Layout":
         """Strides count elements."""
-        return cls(len(shape), _dims(shape), F32, _dims(strides), constructor="_create_with_strides")
+        return cls(len(shape), _dims(shape), kind, _dims(strides), constructor="_create_with_strides", kind=kind)
 
     @classmethod
-    def dense(cls, shape: Sequence[int]) -> "Layout":
+    def dense(cls, shape: Sequence[int], kind: int = F32) -> "Layout":
         """The order of numpy and Paddle: neighbours in the last dimension are neighbours in memory."""
-        return cls.strided(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))])
+        return cls.strided(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))], kind)
 
     @classmethod
-    def channels_last(cls, shape: Sequence[int]) -> "Layout":
+    def channels_last(cls, shape: Sequence[int], kind: int = F32) -> "Layout":
         """(B, C, H, W) that lies in memory as (B, H, W, C)."""
         _, c, h, w = shape
-        return cls.strided(shape, (h * w * c, 1, w * c, c))
+        return cls.strided(shape, (h * w * c, 1, w * c, c), kind)
 
     @classmethod
-    def any(cls, shape: Sequence[int]) -> "Layout":
+    def any(cls, shape: Sequence[int], kind: int = F32) -> "Layout":
         """The library chooses when it makes a primitive."""
-        return cls(len(shape), _dims(shape), F32, ANY, constructor="_create_with_tag")
+        return cls(len(shape), _dims(shape), kind, ANY, constructor="_create_with_tag", kind=kind)
 
     @classmethod
-    def chosen(cls, description: Handle, query: int) -> "Layout":
+    def chosen(cls, description: Handle, query: int, kind: int = F32) -> "Layout":
         """What the library chose."""
-        return cls(library().dnnl_primitive_desc_query_md(description.value, query, 0), constructor="_clone")
+        chosen = library().dnnl_primitive_desc_query_md(description.value, query, 0)
+        return cls(chosen, constructor="_clone", kind=kind)
 
 
 class Buffer:
-    """Float32 memory; `array` is what keeps it alive."""
+    """Memory; `array` is what keeps it alive."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
         self.address = array.ctypes.data
 
     @classmethod
-    def empty(cls, *shape: int) -> "Buffer":
+    def empty(cls, *shape: int, kind: int = F32) -> "Buffer":
         """New memory that begins on a cache line of 64 bytes."""
         size = math.prod(shape)
-        memory = np.empty(size + 16, np.float32)
-        start = -memory.ctypes.data % 64 // 4
+        memory = np.empty(size + 32, MEMORY[kind])
+        start = -memory.ctypes.data % 64 // memory.itemsize
         return cls(memory[start : start + size].reshape(shape))
 
     @classmethod
@@ -263,7 +271,7 @@ def reorder(src: Layout, dst: Layout) -> Primitive:
 class Convolution(Primitive):
     """(src, weights, bias, dst): dst = post_ops(src * weights + bias), src and dst channels-last.
 
-    The weights are `packed` (O, I, kH, kW), in the layout that the library chose.
+    The weights are `packed` (O, I, kH, kW), in the layout that the library chose. The bias is float32.
     """
 
     def __init__(
@@ -273,9 +281,11 @@ class Convolution(Primitive):
         stride: int = 1,
         padding: tuple[int, int] | None = None,  # default: H and W stay, at stride 1
         post_ops: PostOps | None = None,
+        kind: int = F32,  # of src and weights
+        dst_kind: int = F32,
     ) -> None:
         post_ops = post_ops or PostOps()
-        arguments, geometry, self.dst = _convolution(src, weights, stride, padding)
+        arguments, geometry, self.dst = _convolution(src, weights, stride, padding, (kind, kind, dst_kind))
         attributes = post_ops.attributes()
         description = Handle(
             "dnnl_convolution_forward_primitive_desc",
@@ -285,7 +295,7 @@ class Convolution(Primitive):
             attributes.value,
         )
         src_, _, bias, dst = arguments
-        self._weights = Layout.chosen(description, QUERY_WEIGHTS)
+        self._weights = Layout.chosen(description, QUERY_WEIGHTS, kind)
         super().__init__(description, {SRC: src_, WEIGHTS: self._weights, BIAS: bias, DST: dst} | post_ops.arguments)
         o, _, kh, kw = weights
         self._pack = reorder(Layout.dense(weights), self._weights)
@@ -295,7 +305,7 @@ class Convolution(Primitive):
 
     def packed(self, weights: np.ndarray) -> Buffer:
         """Weights (O, I, kH, kW) as a call takes them."""
-        return _reordered(self._pack, weights, self._weights.size)
+        return _reordered(self._pack, weights, self._weights)
 
     def packed_adjoint(self, weights: np.ndarray) -> Buffer:
         """The weights that bring the gradient of dst back to src, of a convolution I -> O with stride 1.
@@ -305,25 +315,27 @@ class Convolution(Primitive):
         """
         i, o, kh, kw = weights.shape
         turned = weights.reshape(i, o, kh * kw)[:, :, ::-1]
-        return _reordered(self._pack_transposed, turned, self._weights.size)
+        return _reordered(self._pack_transposed, turned, self._weights)
 
 
 class WeightsGradient(Primitive):
     """(src, gradient of dst, of weights, of bias): of a Convolution with stride 1; overwrites the latter two.
 
     The gradient of the weights has a layout of the library's choice and `size` elements: `unpacked` is (O, I, kH, kW).
+    `kind` is that of src and of the gradient of dst; the others are float32.
     """
 
-    def __init__(self, src: Sequence[int], weights: Sequence[int]) -> None:
-        arguments, geometry, _ = _convolution(src, weights, 1, None)
+    def __init__(self, src: Sequence[int], weights: Sequence[int], kind: int = F32) -> None:
+        forward, geometry, _ = _convolution(src, weights, 1, None, (kind, kind, kind))
         # oneDNN asks for a forward description as a hint
         hint = Handle(
             "dnnl_convolution_forward_primitive_desc",
             *(library().engine, TRAINING, CONVOLUTION_DIRECT),
-            *(layout.value for layout in arguments),
+            *(layout.value for layout in forward),
             *geometry,
             None,
         )
+        arguments, geometry, _ = _convolution(src, weights, 1, None, (kind, F32, kind))
         description = Handle(
             "dnnl_convolution_backward_weights_primitive_desc",
             *(library().engine, CONVOLUTION_DIRECT),
@@ -336,16 +348,17 @@ class WeightsGradient(Primitive):
         super().__init__(description, {SRC: src_, DIFF_DST: dst, DIFF_WEIGHTS: chosen, DIFF_BIAS: bias})
         self.size = chosen.size
         self._shape = tuple(weights)
-        self._unpack = reorder(chosen, Layout.dense(weights))
+        self._dense = Layout.dense(weights)
+        self._unpack = reorder(chosen, self._dense)
 
     def unpacked(self, gradient: np.ndarray) -> np.ndarray:
         """Weights' gradients as this primitive writes them -> (O, I, kH, kW)."""
-        return _reordered(self._unpack, gradient, math.prod(self._shape)).array.reshape(self._shape)
+        return _reordered(self._unpack, gradient, self._dense).array.reshape(self._shape)
 
 
-def eltwise_gradient(function: int, size: int) -> Primitive:
+def eltwise_gradient(function: int, size: int, kind: int = F32) -> Primitive:
     """(dst, gradient of dst, gradient of src) for dst = function(src), one of RELU_OF_DST and TANH_OF_DST."""
-    layout, engine = Layout.dense([size]), library().engine
+    layout, engine = Layout.dense([size], kind), library().engine
     hint = Handle(
         "dnnl_eltwise_forward_primitive_desc",
         *(engine, TRAINING, function, layout.value, layout.value, 0, 0, None),
@@ -385,14 +398,27 @@ class MaxPool(Primitive):
 
 
 def _convolution(
-    src: Sequence[int], weights: Sequence[int], stride: int, padding: tuple[int, int] | None
+    src: Sequence[int],
+    weights: Sequence[int],
+    stride: int,
+    padding: tuple[int, int] | None,
+    kinds: tuple[int, int, int],
 ) -> tuple[list[Layout], list[ctypes.Array], tuple[int, ...]]:
-    """Layouts of src, weights, bias and dst; strides, dilations and paddings; the shape of dst."""
+    """Layouts of src, weights, bias and dst; strides, dilations and paddings; the shape of dst.
+
+    `kinds` are those of src, weights and dst.
+    """
     b, _, h, w = src
     o, _, kh, kw = weights
     py, px = padding or (kh // 2, kw // 2)
     dst = (b, o, _output_size(h, kh, stride, py), _output_size(w, kw, stride, px))
-    layouts = [Layout.channels_last(src), Layout.any(weights), Layout.dense([o]), Layout.channels_last(dst)]
+    of_src, of_weights, of_dst = kinds
+    layouts = [
+        Layout.channels_last(src, of_src),
+        Layout.any(weights, of_weights),
+        Layout.dense([o]),
+        Layout.channels_last(dst, of_dst),
+    ]
     return layouts, [_dims(pair) for pair in ((stride, stride), (0, 0), (py, px), (py, px))], dst
 
 
@@ -400,8 +426,8 @@ def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def _reordered(primitive: Primitive, array: np.ndarray, size: int) -> Buffer:
-    result = Buffer.empty(size)
+def _reordered(primitive: Primitive, array: np.ndarray, layout: Layout) -> Buffer:
+    result = Buffer.empty(layout.size, kind=layout.kind)
     primitive(Buffer(np.ascontiguousarray(array, np.float32)), result)
     return result
 
@@ -420,6 +446,13 @@ def unavailable() -> str | None:
     except Unavailable as reason:
         return str(reason)
     return None
+
+
+@functools.cache
+def bfloat16_unavailable() -> str | None:
+    """Why convolutions in bfloat16 would be no faster in this process; None where they are."""
+    flags = runtime.cpu_flags()
+    return unavailable() or (None if "avx512_bf16" in flags else "this CPU has no avx512_bf16")
 
 
 def describe() -> str:

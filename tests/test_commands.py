@@ -639,26 +639,6 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
     assert quarters.argmax() == 1  # the upper right one, where the spots are
 
 
-def test_train_sh(empty, tmp_path):
-    data = tmp_path / "data"
-    (data / "my part").mkdir(parents=True)
-    for name in ("train", "test"):
-        (data / "my part" / name).symlink_to(ROOT / "lite_data/bottle" / name)
-    (data / "bottle/train").mkdir(parents=True)  # a category that must fail
-    values = yaml.safe_load((ROOT / "configs/resnet18.yaml").read_text())
-    values.update(input_size=64, flow_step=1, pretrained="offline", epochs=1)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    for script in ("train.py", "eval.py"):
-        (empty.folder / script).symlink_to(ROOT / script)
-    environ = {**without_weights(), "python": sys.executable, "data": str(data), "config": str(tmp_path / "tiny.yaml")}
-    command = ["sh", ROOT / "train.sh"]
-    done = subprocess.run(command, cwd=empty.folder, env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0, "bottle has no pictures"
-    assert "wood skipped: no folder" in done.stderr
-    assert "bottle failed" in done.stderr
-    assert re.search(r"my part +n/a +\d\.\d{3}", done.stdout)
-
-
 # ---- bad input: one line, a non-zero code, and what was there before stays
 
 

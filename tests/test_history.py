@@ -6,7 +6,7 @@ import pytest
 
 from deploy.cli import UserError
 from utils.config import SelectionWeights, load_config
-from utils.history import EpochRow, best_row, draw_curves, epoch_line, selection_value, waited_for, write_csv
+from utils.history import EpochRow, best_row, draw_curves, epoch_line, finished, selection_value, waited_for, write_csv
 
 
 def config(**changes):
@@ -55,6 +55,14 @@ def test_last_chooses_the_last_epoch_and_never_waits():
     assert best_row(history).epoch == 2
     assert best_row(history[:1]).epoch == 1
     assert waited_for(history) == 0
+
+
+def test_finished_after_all_epochs_or_without_patience():
+    history = rows((0.9, 0.9), (0.8, 0.8), (0.7, 0.7))
+    assert not finished([], config(epochs=1))
+    assert not finished(history, config(epochs=4, patience=3))
+    assert finished(history, config(epochs=3, patience=3))
+    assert finished(history, config(epochs=4, patience=2))
 
 
 def test_the_log_line_says_what_was_measured():

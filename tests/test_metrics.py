@@ -7,6 +7,7 @@ import skimage.measure
 import sklearn.metrics
 from scipy import ndimage
 
+from utils import metrics
 from utils.evaluation import auroc_on_device
 from utils.metrics import aupro, auroc, average_precision, f1_max, f1_score, roc_curve
 
@@ -35,6 +36,13 @@ def test_auroc_equals_scikit_learn(scores):
     labels = some_labels(scores)
     expected = sklearn.metrics.roc_auc_score(labels.ravel(), scores.ravel())
     assert auroc(scores, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auroc_of_many_scores_on_several_threads(monkeypatch):
+    monkeypatch.setattr(metrics, "available_cores", lambda: 3)
+    scores = RANDOM.integers(0, 1000, 2 * metrics.WORTH_A_THREAD) / np.float32(1000)
+    labels = some_labels(scores)
+    assert auroc(scores, labels) == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores), abs=1e-12)
 
 
 def test_perfect_reversed_and_undecided():

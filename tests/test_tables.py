@@ -25,8 +25,9 @@ def test_the_table_of_accuracy_tells_last_highest_and_lowest():
         for epoch, image in enumerate((0.25, 1.0, None, 0.5, 0.75), start=1)
     ]
     evaluation = {"epoch": 5, "image_auroc": 0.75, "pixel_auroc": 0.5, "backbone": {"file": "x.npz"}}
-    runs = [{"config": "resnet18", "seed": 3, "history": history, "chosen": evaluation, "last": evaluation}]
-    results = {"runs": runs, "category": "bottle", "epochs": 5, "date": "today", "machine": {"cpu": "a CPU"}}
+    made = {"date": "today", "machine": {"cpu": "a CPU"}}
+    runs = [{"config": "resnet18", "seed": 3, **made, "history": history, "chosen": evaluation, "last": evaluation}]
+    results = {"runs": runs, "category": "bottle", "epochs": 5}
     assert [accuracy(results, language)[0].count(" | ") for language in ("en", "zh")] == [5, 5]
     assert accuracy(results, "en")[0].startswith("| config | seed |")
     row = accuracy(results, "en")[2]

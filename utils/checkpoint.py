@@ -3,8 +3,8 @@
 `results/{exp_dir}/{category}/best.pdparams` and `last.pdparams` hold a dictionary in `paddle.save` format with
 `epoch`, `model_state_dict` and `optimizer_state_dict`, as published, and beside them what the published files do
 not have: `backbone` (provenance), `config`, `history` (one row per epoch), `held_out` (names of the good training
-pictures that training did not see) and `average` (with a moving average of the weights, which is then what
-`model_state_dict` holds: the parameters that training goes on from).
+pictures that training did not see), `average` (with a moving average of the weights, which is then what
+`model_state_dict` holds: the parameters that training goes on from) and `loss_scale` (in float16 training).
 """
 
 import shlex
@@ -20,6 +20,7 @@ from models.fastflow import FastFlow, FlowStep
 from utils.averaging import WeightAverage
 from utils.config import Config
 from utils.history import EpochRow
+from utils.loss_scale import LossScale
 from utils.pickles import load_pickle
 from utils.states import set_state
 
@@ -74,13 +75,15 @@ def load_for_resume(
     model: FastFlow,
     optimizer: paddle.optimizer.Optimizer,
     average: WeightAverage,
+    scale: LossScale | None,
     config: Config,
     held_out: list[str],
     path: Path,
 ) -> dict[str, Any]:
-    """Fill model, optimizer and average from a checkpoint that train.py wrote; return it.
+    """Fill model, optimizer, average and loss scale from a checkpoint that train.py wrote; return it.
 
-    `held_out` are the names of the pictures that are kept from this training.
+    `held_out` are the names of the pictures that are kept from this training. A training in another precision has
+    stored no loss scale; a new one is found within a few steps.
 
     Raises:
         UserError: no such file, damaged, not written by train.py, or trained under settings that the config changes.
@@ -101,12 +104,30 @@ def load_for_resume(
         )
     if config.ema_decay:
         average.resume(checkpoint.get("average"), str(path))
+    if scale and "loss_scale" in checkpoint:
+        scale.resume(checkpoint["loss_scale"], str(path))
     try:
         optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
-        checkpoint["history"] = [EpochRow(**row) for row in checkpoint["history"]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})") from error
+        raise _not_ours(path, error) from error
+    checkpoint["history"] = history_of(checkpoint, path)
     return checkpoint
+
+
+def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
+    """The epochs up to a checkpoint that train.py wrote to `path`.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        return [EpochRow(**row) for row in checkpoint["history"]]
+    except (KeyError, TypeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ class Config:
     selection: Literal["test_auroc", "last", "val_likelihood"] = "test_auroc"
     patience: int = 30
     selection_weights: SelectionWeights = dataclasses.field(default_factory=SelectionWeights)
+    amp: bool = False
     log_interval: int = 10
 
     @property

@@ -66,6 +66,11 @@ def waited_for(history: Sequence[EpochRow]) -> int:
     return history[-1].epoch - best_row(history).epoch
 
 
+def finished(history: Sequence[EpochRow], config: Config) -> bool:
+    """Whether train.py has nothing more to do after these epochs."""
+    return len(history) >= config.epochs or waited_for(history) >= config.patience
+
+
 def epoch_line(history: Sequence[EpochRow]) -> str:
     """The published log line of the last epoch, with what was measured."""
     row = history[-1]

@@ -15,11 +15,11 @@ def make_logger(path: Path, silent: bool) -> logging.Logger:
         UserError: the file cannot be written.
     """
     logger = logging.getLogger(str(path))
-    logger.setLevel(logging.INFO)
     logger.propagate = False
     if silent:
-        logger.addHandler(logging.NullHandler())
+        logger.setLevel(logging.CRITICAL)  # to drop them in a handler would not do: tqdm puts in one of its own
         return logger
+    logger.setLevel(logging.INFO)
     try:
         handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
     except OSError as error:

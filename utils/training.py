@@ -8,12 +8,14 @@ import paddle
 from paddle import Tensor
 
 from deploy.cli import UserError
+from models import onednn
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils import distributed
 from utils.averaging import WeightAverage
 from utils.config import Config
 from utils.features import FeatureCache
 from utils.log import IterationTimes
+from utils.loss_scale import LossScale
 
 WARM_UP = 0.025  # of all steps: one epoch of 40
 
@@ -26,6 +28,18 @@ def build_optimizer(model: FastFlow, config: Config) -> paddle.optimizer.Adam:
         weight_decay=paddle.regularizer.L2Decay(config.weight_decay),
         grad_clip=paddle.nn.ClipGradByGlobalNorm(config.clip_norm),
     )
+
+
+def mixed_precision() -> tuple[str, str]:
+    """The dtype that `FastFlow.train_in` takes for mixed precision on the current device, and a line that says why."""
+    if paddle.get_device() == "cpu":
+        reason = onednn.bfloat16_unavailable()
+        return ("float32", f"float32, which is faster here ({reason})") if reason else ("bfloat16", "bfloat16")
+    if paddle.amp.is_bfloat16_supported():
+        return "bfloat16", "bfloat16"
+    if paddle.amp.is_float16_supported():
+        return "float16", "float16 with loss scaling (this GPU has no bfloat16)"
+    return "float32", "float32 (this GPU has neither bfloat16 nor float16)"
 
 
 def learning_rate(config: Config, done: float) -> float:
@@ -44,22 +58,31 @@ def learning_rate(config: Config, done: float) -> float:
 
 
 def training_step(
-    model: FastFlow, optimizer: paddle.optimizer.Optimizer, features: Sequence[Tensor], weight: float = 1.0
+    model: FastFlow,
+    optimizer: paddle.optimizer.Optimizer,
+    features: Sequence[Tensor],
+    weight: float = 1.0,
+    scale: LossScale | None = None,
 ) -> Tensor:
-    """Change the parameters once.
+    """Change the parameters once, unless a scaled gradient is not finite.
 
     Args:
         features: of this process's share of the batch, (B, C, h, w) per scale.
         weight: of the share in the mean over the global batch.
+        scale: of the loss, for a model that trains in float16.
 
     Returns:
         the loss of the global batch before the change, a scalar still on the device.
     """
     loss = negative_log_likelihood(model.latents(features)) * weight
-    loss.backward()
+    (scale.scaled(loss) if scale else loss).backward()
     total = loss.detach()
-    distributed.sum_over_processes([total, *(p.grad for p in model.parameters() if p.grad is not None)])
-    optimizer.step()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    distributed.sum_over_processes([total, *gradients])  # so what is not finite is so in every process
+    if scale:
+        scale.step(optimizer, gradients)
+    else:
+        optimizer.step()
     optimizer.clear_grad()
     return total
 
@@ -71,6 +94,7 @@ def train_epoch(
     config: Config,
     epoch: int,
     average: WeightAverage,
+    scale: LossScale | None,
     log: Callable[[str], None],
 ) -> float:
     """One pass over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
@@ -78,6 +102,7 @@ def train_epoch(
     Args:
         epoch: from 1.
         average: takes in the parameters after each step.
+        scale: of the loss, for a model that trains in float16.
         log: takes the published log line, every `config.log_interval` iterations and at the last one.
 
     Returns:
@@ -96,7 +121,7 @@ def train_epoch(
         batch = features.batch(part)
         times.batch_read()
         optimizer.set_lr(learning_rate(config, (epoch - 1 + (iteration - 0.5) / len(batches)) / config.epochs))
-        loss = training_step(model, optimizer, batch, weight)
+        loss = training_step(model, optimizer, batch, weight, scale)
         average.update()
         total += loss * len(indices)
         times.step_done(len(indices))

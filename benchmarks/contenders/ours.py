@@ -12,6 +12,7 @@ from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
 from models import onednn
 from models.fastflow import negative_log_likelihood
+from utils.averaging import WeightAverage
 from utils.evaluation import EVALUATION_BATCH, Scores, measure, score_images
 from utils.features import CacheBudget, FeatureCache
 from utils.training import build_optimizer, train_epoch
@@ -87,7 +88,7 @@ class Ours:
         train_features = FeatureCache(backbone, spread(pictures.train, train), size, budget, "train")
         test_features = FeatureCache(backbone, [picture.path for picture in tested], size, budget, "test")
         cached = time.perf_counter()
-        train_epoch(model, optimizer, train_features, config, 1, lambda line: None)
+        train_epoch(model, optimizer, train_features, config, 1, WeightAverage(model, 0), None, lambda line: None)
         trained = time.perf_counter()
         image, pixel = measure(score_images(model, test_features), truth)
         return {
