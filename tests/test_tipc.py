@@ -725,11 +725,6 @@ def test_pictures_are_posted_to_no_service(tmp_path):
 SMALL = " -o input_size=64 -o flow_step=1 -o pretrained=offline"
 
 
-def has_option(option, *program):
-    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    return option in done.stdout
-
-
 def run_real(root, exported, chain, mode, changes):
     """The chain on a model of conftest's size; the programs are ours, everything is written under root."""
     for name in ("train.py", "eval.py", "models", "datasets", "utils", "deploy", "configs", "images"):
@@ -779,7 +774,6 @@ def test_ptq_for_real(tmp_path, exported):
 TRAINING_ONLY = {6: "--epochs:1", 22: "norm_export:null", 27: "inference:null"}
 
 
-@pytest.mark.skipif(not has_option("--amp", "train.py"), reason="train.py has no --amp yet")
 def test_amp_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_amp_infer_python", LITE, TRAINING_ONLY)
     assert "mixed precision: " in done.stdout
