@@ -154,6 +154,12 @@ def repository(tmp_path):
     return Repository(root)
 
 
+def states(results):
+    """Of each status line: ok, failed or skipped."""
+    starts = {"Run successfully with": "ok", "Run failed with": "failed", "Run skipped (": "skipped"}
+    return [state for line in results for start, state in starts.items() if line.startswith(start)]
+
+
 def make_category(folder, name="bottle"):
     for part in ("train/good", "test/good"):
         (folder / name / part).mkdir(parents=True)
@@ -354,7 +360,7 @@ def test_windows_line_ends_and_other_folder(repository, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, states",
+    "script, expected",
     [
         ("train.py", ["failed", "skipped", "skipped", "skipped", "skipped"]),
         ("eval.py", ["ok", "failed", "ok", "ok", "ok"]),
@@ -363,17 +369,16 @@ def test_windows_line_ends_and_other_folder(repository, tmp_path):
         ("--use_gpu=True", ["ok", "ok", "ok", "failed", "ok"]),
     ],
 )
-def test_failures(repository, script, states):
+def test_failures(repository, script, expected):
     done = repository.run(FAIL=script)
     assert done.returncode == 1
-    starts = {"ok": "Run successfully with", "failed": "Run failed with", "skipped": "Run skipped"}
     scripts = ["train.py", "eval.py", "export.py", "infer.py", "infer.py"]
     results = repository.results()
-    assert len(results) == len(states)
-    for line, state, name in zip(results, states, scripts, strict=True):
-        assert line.startswith(starts[state]) and f"command - fakepython {name} " in line and line.endswith("!")
+    assert states(results) == expected
+    for line, name in zip(results, scripts, strict=True):
+        assert f"command - fakepython {name} " in line and line.endswith("!")
         assert line in done.stdout
-    assert len(repository.calls()) == len(states) - states.count("skipped")
+    assert len(repository.calls()) == len(expected) - expected.count("skipped")
     # The last output lines of what failed are shown at the end.
     summary = done.stdout.split("commands did not succeed:")[1]
     assert f"{script} went wrong" in summary and "output line 29" in summary and "output line 3\n" not in summary
@@ -571,9 +576,9 @@ def test_serving(repository):
 
 
 @pytest.mark.parametrize(
-    "environment, states",
+    "environment, expected",
     [
-        ({"FAIL": "train.py"}, None),
+        ({"FAIL": "train.py"}, []),
         ({"FAIL": "infer.py"}, ["failed", "skipped", "skipped", "skipped"]),
         ({"FAIL": "serve.py"}, ["ok", "skipped", "skipped", "failed"]),
         ({"FAIL": "client.py"}, ["ok", "failed", "skipped", "ok"]),
@@ -581,20 +586,16 @@ def test_serving(repository):
         ({"END": "5"}, ["ok", "ok", "ok", "failed"]),
     ],
 )
-def test_failures_of_serving(repository, environment, states):
+def test_failures_of_serving(repository, environment, expected):
     repository.config(LINES_OF[SERVING])
     done = repository.run(script=SERVING, **environment)
     assert done.returncode == 1
-    starts = {"ok": "Run successfully with", "failed": "Run failed with", "skipped": "Run skipped"}
-    results = repository.results(name="serving")
-    assert [line.startswith(starts[state]) for line, state in zip(results, states or [], strict=True)] == [
-        True for _ in results
-    ]
+    assert states(repository.results(name="serving")) == expected
     assert f"exit code {environment.get('END', 1)}: " in done.stdout
 
 
 @pytest.mark.parametrize(
-    "script, failing, states",
+    "script, failing, expected",
     [
         (PADDLE2ONNX, "checker.py", ["failed", "skipped", "skipped", "skipped"]),
         (PTQ, "quantize.py", ["failed", "skipped", "skipped", "skipped"]),
@@ -602,13 +603,10 @@ def test_failures_of_serving(repository, environment, states):
         (PADDLE2ONNX, "check.py", ["ok", "ok", "ok", "failed"]),
     ],
 )
-def test_failures_of_paddle2onnx_and_ptq(repository, script, failing, states):
+def test_failures_of_paddle2onnx_and_ptq(repository, script, failing, expected):
     repository.config(LINES_OF[script])
     assert repository.run(script=script, FAIL=failing).returncode == 1
-    starts = {"ok": "Run successfully with", "failed": "Run failed with", "skipped": "Run skipped"}
-    results = repository.results(name="ptq" if script == PTQ else "paddle2onnx")
-    for line, state in zip(results, states, strict=True):
-        assert line.startswith(starts[state]), line
+    assert states(repository.results(name="ptq" if script == PTQ else "paddle2onnx")) == expected
 
 
 @pytest.mark.parametrize(
