@@ -42,7 +42,8 @@ def main() -> None:
         picture = base64.b64encode(Path(path).read_bytes()).decode()
         answer = ask(f"{url}/v1/models/{name}:predict", {"image": picture})
         print(f"{path}  {answer['label']} - score:  {answer['score']:.3f}")
-        lines.append(json.dumps({"path": path, "score": answer["score"], "label": answer["label"]}, ensure_ascii=False))
+        result = {"path": path, "score": answer["score"], "label": answer["label"]}
+        lines.append(json.dumps({**result, "threshold": answer["image_threshold"]}, ensure_ascii=False))
     write_text(Path(args.answers), "".join(line + "\n" for line in lines))
 
 
