@@ -34,7 +34,13 @@ from deploy.cli import ArgumentParser, positive_int, run_main
 from deploy.files import write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
-SECTIONS = ("steps", "forward", "evaluation", "sizes", "epochs", "threads", "commands")
+SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
+RUNTIMES = {  # of exported models: backend and precision of ours
+    "own framework fp32": ("paddle", "fp32"),
+    "ONNX Runtime fp32": ("onnxruntime", "fp32"),
+    "OpenVINO fp32": ("openvino", "fp32"),
+    "OpenVINO bf16": ("openvino", "bf16"),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -86,7 +92,7 @@ def main() -> None:
         results["weights"] = "those of " + Path(os.environ[WEIGHTS]).name if os.environ.get(WEIGHTS) else "random"
 
         figures: list[Figure] = []
-        for figure in measured(args.only, contenders, plan, data, folder, threads, results):
+        for figure in measured(args.only, contenders, plan, data, folder, threads, python, results):
             figures.append(figure)
             medians = ", ".join(f"{name} {number(figure.median(name), figure.unit)}" for name in figure.samples)
             note(f"{figure.group}: {figure.title}: {medians}")
@@ -110,9 +116,13 @@ def measured(
     data: Path,
     folder: Path,
     threads: int,
+    python: str | None,
     results: dict[str, Any],
 ) -> Iterator[Figure]:
-    """All figures of the sections; what the contenders say of themselves goes into `results`."""
+    """All figures of the sections; what the contenders say of themselves goes into `results`.
+
+    `python` has anomalib, None: nothing has.
+    """
     with started(contenders) as workers:
         results["contenders"] = {
             name: {"description": contenders[name].description, "process": worker.description}
@@ -127,6 +137,9 @@ def measured(
             yield from measure.evaluations(workers, plan)
         if "sizes" in sections:
             yield from measure.sizes(workers, plan)
+        exported = measure.export(workers[OURS], folder) if "inference" in sections else None
+    if exported:
+        yield from measure.inference(inference_contenders(exported, threads, python), plan)
     if "epochs" in sections:
         yield from measure.epochs(contenders, plan, data, "bottle")
     if "threads" in sections:
@@ -185,13 +198,31 @@ def anomalib_contenders(python: str, threads: int) -> dict[str, Contender]:
     return {contender.name: contender for contender in chosen}
 
 
+def inference_contenders(exported: Path, threads: int, python: str | None) -> dict[tuple[str, str], Contender]:
+    """Our exported model in each runtime, anomalib's in PyTorch and in OpenVINO, by runtime and whose it is."""
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    chosen = {}
+    for runtime_name, (backend, precision) in RUNTIMES.items():
+        arguments = ("exported", str(exported), backend, precision, str(threads))
+        chosen[runtime_name, OURS] = Contender(OURS, f"ours in {runtime_name}", arguments)
+        for name, ratio in ((ANOMALIB, "1.06"), (ANOMALIB_NARROW, "1.0")) if python else ():
+            theirs = {
+                "paddle": ("anomalib", ratio),  # in PyTorch
+                "openvino": ("anomalib_openvino", ratio, precision, str(threads)),
+            }
+            if backend in theirs:
+                description = f"{name} in {runtime_name}"
+                chosen[runtime_name, name] = Contender(name, description, theirs[backend], environment, python)
+    return chosen
+
+
 def find_anomalib(python: Path) -> tuple[str | None, str | None]:
     """A Python that has anomalib; else None, and a line that says so."""
     if importlib.util.find_spec("anomalib"):
         python = Path(sys.executable)
     elif not python.exists():
         return None, f"anomalib is not installed (no {python}): its columns are left out, see benchmarks/README.md"
-    code = "from benchmarks import torchvision_operators; import benchmarks.contenders.anomalib"
+    code = "from benchmarks import torchvision_operators; import openvino, benchmarks.contenders.anomalib"
     found = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode != 0:
         reason = found.stderr.strip().splitlines()[-1:]

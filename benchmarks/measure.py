@@ -3,11 +3,11 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.inputs import ROOT, TEST, TRAIN
 from benchmarks.processes import Contender, Worker, run_command
@@ -15,6 +15,7 @@ from benchmarks.report import ANOMALIB, ANOMALIB_NARROW, OURS, PUBLISHED, TUNED,
 from deploy.cli import UserError
 
 SIZE = 256
+Name = TypeVar("Name", bound=Hashable)  # of a contender
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ QUICK = Plan(3, 1, 0.5, (8,), (128, 256), ((15, 6), (30, 12)), 1, (20, TEST), 2)
 
 
 @contextmanager
-def started(contenders: Mapping[str, Contender]) -> Iterator[dict[str, Worker]]:
+def started(contenders: Mapping[Name, Contender]) -> Iterator[dict[Name, Worker]]:
     """A process for each contender; all end with the block."""
-    workers: dict[str, Worker] = {}
+    workers: dict[Name, Worker] = {}
     try:
         for name, contender in contenders.items():
             workers[name] = Worker(contender)
@@ -50,16 +51,16 @@ def started(contenders: Mapping[str, Contender]) -> Iterator[dict[str, Worker]]:
 
 
 def interleaved(
-    workers: Mapping[str, Worker],
-    rounds: Callable[[str], int],
+    workers: Mapping[Name, Worker],
+    rounds: Callable[[Name], int],
     ask: Callable[[Worker], Any],
     warm_up: Callable[[Worker], Any] | None = None,
-) -> dict[str, list[Any]]:
+) -> dict[Name, list[Any]]:
     """Let the contenders answer in turn; the answers of each. `rounds` says how many turns a contender gets."""
     if warm_up:
         for worker in workers.values():
             warm_up(worker)
-    answers: dict[str, list[Any]] = {name: [] for name in workers}
+    answers: dict[Name, list[Any]] = {name: [] for name in workers}
     for turn in range(max(rounds(name) for name in workers)):
         for name, worker in workers.items():
             if turn < rounds(name):
@@ -115,6 +116,40 @@ def forward_passes(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure
         else:
             rates = {name: [batch / seconds for seconds in turns] for name, turns in samples.items()}
             yield Figure(f"throughput/{batch}", group, f"throughput, batch {batch}", "images/s", rates)
+
+
+def export(worker: Worker, folder: Path) -> Path:
+    """The exported folder, in every format, of the model in this worker; `folder` is where it is written."""
+    worker.ask("save", file=str(folder / "results/inference/bottle/best.pdparams"))
+    target = folder / "exported"
+    command = [sys.executable, str(ROOT / "deploy/export_model.py"), "-cfg", str(ROOT / "configs/resnet18.yaml")]
+    command += ["-cat", "bottle", "--exp_dir", "inference", "--format", "all", "--save_inference_dir", str(target)]
+    run_command(command, folder)
+    return target
+
+
+def inference(contenders: Mapping[tuple[str, str], Contender], plan: Plan) -> Iterator[Figure]:
+    """Exported models, pictures in memory to anomaly maps. Contenders are named by runtime and by whose model it is."""
+    group = "Exported model: normalised pictures to anomaly maps"
+    with started(contenders) as workers:
+        for batch in (1, 8):
+            answers = interleaved(
+                workers,
+                lambda name: plan.rounds,
+                lambda worker, b=batch: worker.ask("forward", size=SIZE, batch=b, seconds=plan.turn),
+                lambda worker, b=batch: worker.ask("forward", size=SIZE, batch=b, seconds=0),
+            )
+            for runtime in dict.fromkeys(runtime for runtime, _ in contenders):
+                samples = {
+                    who: [statistics.median(turn) for turn in answers[runtime, who]]
+                    for other, who in contenders
+                    if other == runtime
+                }
+                yield Figure(f"inference/{runtime}/{batch}", group, f"{runtime}, batch {batch}", "s", samples)
+                if batch > 1:
+                    rates = {who: [batch / seconds for seconds in turns] for who, turns in samples.items()}
+                    title = f"{runtime}, throughput, batch {batch}"
+                    yield Figure(f"inference/{runtime}/throughput/{batch}", group, title, "images/s", rates)
 
 
 def evaluations(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure]:

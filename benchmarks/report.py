@@ -61,6 +61,16 @@ GOALS = (
             ("at most 1/3.5 of the published graph's in the best environment", 1 / 3.5, TUNED),
         )
     ),
+    *(
+        Goal(
+            f"OpenVINO {precision}, batch {batch}: at most 0.8 of anomalib's in OpenVINO",
+            f"inference/OpenVINO {precision}/{batch}",
+            0.8,
+            ANOMALIB,
+        )
+        for precision in ("fp32", "bf16")
+        for batch in (1, 8)
+    ),
     Goal("epoch of bottle with evaluation: at most 1/7 of the published way's at defaults", "epoch", 1 / 7, PUBLISHED),
     Goal("evaluation of 83 maps: at most 0.5 s", "evaluation/83", 0.5),
     Goal("evaluation of 83 maps: at most 1/10 of the published way's", "evaluation/83", 1 / 10, TUNED),

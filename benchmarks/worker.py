@@ -1,4 +1,4 @@
-"""A contender's process: python -m benchmarks.worker KIND [HIDDEN_RATIO].
+"""A contender's process: python -m benchmarks.worker KIND [ARGUMENT ...].
 
 Commands are JSON lines on stdin, `{"call": METHOD, "arguments": {...}}`; the answers are JSON lines on what was stdout
 at the start, `{"result": ...}` or `{"error": TEXT}`, the first of them `describe()` of the new contender. What
@@ -25,7 +25,20 @@ def make(kind: str, arguments: list[str]) -> Any:
         from benchmarks.contenders.published import Published
 
         return Published()
+    if kind == "exported":
+        from deploy.backends import set_up
+
+        folder, backend, precision, threads = arguments
+        chosen_threads = set_up(backend, int(threads), False)
+        from benchmarks.contenders.exported import Exported
+
+        return Exported(folder, backend, precision, chosen_threads)
     from benchmarks import torchvision_operators  # noqa: F401
+
+    if kind == "anomalib_openvino":
+        from benchmarks.contenders.anomalib_openvino import AnomalibOpenvino
+
+        return AnomalibOpenvino(*arguments)
     from benchmarks.contenders.anomalib import Anomalib
 
     return Anomalib(*arguments)

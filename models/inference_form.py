@@ -73,19 +73,27 @@ class _Couplings(nn.Layer):
         self.clamp = step.clamp
         conv1, _, conv2 = step.subnet
         half = step.global_scale.shape[1] // 2
-        weight, bias = 0.1 * conv2.weight, 0.1 * conv2.bias
-        self.conv1 = _Convolution(conv1.weight, conv1.bias)
-        self.conv_a = _Convolution(weight[:half], bias[:half])
-        self.conv_t = _Convolution(weight[half:], bias[half:])
+        weight, bias = (0.1 * conv2.weight).detach(), 0.1 * conv2.bias
+        convolutions = (
+            (conv1.weight.detach(), conv1.bias),
+            (weight[:half], bias[:half]),
+            (weight[half:], bias[half:]),
+        )
+        # Both couplings have the same weights, and biases of their own: OpenVINO adds a bias within the convolution
+        # only where nothing else reads it.
+        self.subnets = nn.LayerList(
+            [nn.LayerList([_Convolution(w, b.clone()) for w, b in convolutions]) for _ in range(2)]
+        )
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         """Halves (B, C/2, H, W) -> both, coupled, (B, C, H, W)."""
-        x2 = self._couple(x1, x2)
-        return paddle.concat([self._couple(x2, x1), x2], axis=1)
+        x2 = self._couple(self.subnets[0], x1, x2)
+        return paddle.concat([self._couple(self.subnets[1], x2, x1), x2], axis=1)
 
-    def _couple(self, condition: Tensor, x: Tensor) -> Tensor:
-        h = F.relu(self.conv1(condition))
-        return x * paddle.exp(self.clamp * paddle.tanh(self.conv_a(h))) + self.conv_t(h)
+    def _couple(self, subnet: nn.LayerList, condition: Tensor, x: Tensor) -> Tensor:
+        conv1, conv_a, conv_t = subnet
+        h = F.relu(conv1(condition))
+        return x * paddle.exp(self.clamp * paddle.tanh(conv_a(h))) + conv_t(h)
 
 
 class _Mixing(nn.Layer):
@@ -115,7 +123,7 @@ class _Convolution(nn.Layer):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.padding = weight.shape[2] // 2
-        self.register_buffer("weight", weight.detach())
+        self.register_buffer("weight", weight)  # convolutions made with one tensor are exported with one
         self.register_buffer("bias", bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:

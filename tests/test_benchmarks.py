@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import paddle
 import pytest
 
-from benchmarks.__main__ import describe_machine, find_anomalib, make_contenders
+from benchmarks.__main__ import describe_machine, find_anomalib, inference_contenders, make_contenders
 from benchmarks.inputs import random_images, random_maps, spread, write_bottle
-from benchmarks.measure import interleaved
+from benchmarks.measure import QUICK, export, inference, interleaved
 from benchmarks.plots import draw_curves
 from benchmarks.processes import Contender, OtherProcesses, Worker, run_command
 from benchmarks.published import ListEvaluation, PublishedFastFlow
@@ -111,6 +113,26 @@ def test_a_worker_answers_and_reports_what_fails():
             worker.ask("nonsense")
     finally:
         worker.stop()
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("openvino", "paddle2onnx", "onnx"))), reason="pip install -r requirements-deploy.txt"
+)
+def test_exported_models_are_measured(tmp_path):
+    worker = Worker(make_contenders(1, 1)[OURS])
+    try:
+        exported = export(worker, tmp_path)
+    finally:
+        worker.stop()
+    contenders = inference_contenders(exported, 1, "python")
+    assert set(contenders) >= {(f"OpenVINO {p}", who) for p in ("fp32", "bf16") for who in (OURS, ANOMALIB)}
+    one = {("OpenVINO fp32", OURS): contenders["OpenVINO fp32", OURS]}
+    figures = {figure.key: figure for figure in inference(one, replace(QUICK, rounds=1, turn=0.0))}
+    single, batch, rate = (
+        figures[f"inference/OpenVINO fp32/{kind}"].median(OURS) for kind in ("1", "8", "throughput/8")
+    )
+    assert 0 < single < batch
+    assert rate == pytest.approx(8 / batch)
 
 
 def test_a_worker_that_cannot_start_is_a_user_error():

@@ -118,18 +118,23 @@ class Anomalib:
     def _use(self, size: int) -> None:
         """Make the model for this image size, unless it is there."""
         if getattr(self, "_size", None) != size:
-            torch.manual_seed(0)
-            self._model = FastflowModel(
-                (size, size),
-                "resnet18",
-                pre_trained=False,
-                flow_steps=FLOW_STEPS,
-                conv3x3_only=True,
-                hidden_ratio=self._hidden_ratio,
-            )
+            self._model = build_model(size, self._hidden_ratio)
             # as its configure_optimizers
             self._optimizer = torch.optim.Adam(self._model.parameters(), lr=0.001, weight_decay=0.00001)
             self._size = size
+
+
+def build_model(size: int, hidden_ratio: float) -> FastflowModel:
+    """The model for this image size, with random weights, the same ones every time."""
+    torch.manual_seed(0)
+    return FastflowModel(
+        (size, size),
+        "resnet18",
+        pre_trained=False,
+        flow_steps=FLOW_STEPS,
+        conv3x3_only=True,
+        hidden_ratio=hidden_ratio,
+    )
 
 
 class Known(torch.nn.Module):

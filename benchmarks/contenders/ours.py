@@ -13,6 +13,7 @@ from datasets.mvtec import load_category, load_ground_truth
 from models import onednn
 from models.fastflow import negative_log_likelihood
 from utils.averaging import WeightAverage
+from utils.checkpoint import published_state, save_checkpoint
 from utils.evaluation import EVALUATION_BATCH, Scores, measure, score_images
 from utils.features import CacheBudget, FeatureCache
 from utils.training import build_optimizer, train_epoch
@@ -58,6 +59,9 @@ class Ours:
         images = paddle.to_tensor(random_images(batch, size))
         with paddle.no_grad():
             return repeat(lambda: self._model(images), seconds)
+
+    def save(self, file: str) -> None:
+        save_checkpoint(Path(file), {"epoch": 0, "model_state_dict": published_state(self._model)})
 
     def evaluate(self, count: int, seconds: float) -> dict[str, Any]:
         self._use(256)
