@@ -114,7 +114,9 @@ def converter_versions() -> dict[str, str]:
     try:
         return {name: metadata.version(name) for name in ("paddle2onnx", "onnx")}
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"--format: ONNX needs {error.name}; pip install -r requirements-deploy.txt") from error
+        raise UserError(
+            f"--format: ONNX needs {error.name}; pip install -r requirements-deploy.txt (Python up to 3.12)"
+        ) from error
 
 
 def write_onnx(folder: Path, description: dict[str, Any]) -> None:
