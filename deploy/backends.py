@@ -15,6 +15,7 @@ FILES = {
     "onnxruntime": ("inference.onnx",),
     "openvino": ("inference.onnx",),
 }
+OLD_PROGRAM = "inference.pdmodel"  # what Paddle 2.6 writes in place of inference.json; later ones read it as well
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -43,6 +44,13 @@ class Options:
     use_mkldnn: bool = True
     use_tensorrt: bool = False
     max_batch_size: int = 16
+
+
+def model_files(folder: Path, backend: str) -> tuple[str, ...]:
+    """Names of the files in this folder that the runtime reads, or would read if they were there."""
+    if backend == "paddle" and (folder / OLD_PROGRAM).is_file():
+        return (OLD_PROGRAM, *FILES["paddle"][1:])
+    return FILES[backend]
 
 
 def load_exported(folder: Path, backend: str = "paddle", options: Options | None = None) -> Backend:
@@ -76,10 +84,13 @@ class PaddleModel:
         from paddle import inference
 
         self.version = f"paddle {paddle.__version__}"
-        program, parameters = FILES["paddle"]
+        program, parameters = model_files(folder, "paddle")
         config = inference.Config(str(folder / program), str(folder / parameters))
-        config.enable_new_ir(True)  # without both of these enable_memory_optim fails on a PIR program
-        config.enable_new_executor(True)
+        if program != OLD_PROGRAM:
+            if not hasattr(config, "enable_new_ir"):
+                raise UserError(f"{folder / program}: {self.version} cannot read it; export with this Paddle")
+            config.enable_new_ir(True)  # without both of these enable_memory_optim fails on a PIR program
+            config.enable_new_executor(True)
         config.enable_memory_optim()
         config.disable_glog_info()
         gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0

@@ -2,9 +2,10 @@
 --save_inference_dir ./results/inference --format all
 
 Writes `inference.yml` (all that inference needs beside the program) and, by `--format`, Paddle's `inference.json` (the
-program) and `inference.pdiparams` (its parameters, backbone included), or `inference.onnx`, which carries the content
-of `inference.yml` as its metadata, or both. The program takes normalised pictures (B, 3, H, W) float32, any B, and
-returns the anomaly map (B, 1, H, W), the smoothed map (B, 1, H, W) and the image score (B).
+program; Paddle 2.6 writes `inference.pdmodel`) and `inference.pdiparams` (its parameters, backbone included), or
+`inference.onnx`, which carries the content of `inference.yml` as its metadata, or both. The program takes normalised
+pictures (B, 3, H, W) float32, any B, and returns the anomaly map (B, 1, H, W), the smoothed map (B, 1, H, W) and the
+image score (B).
 """
 
 import argparse
@@ -23,7 +24,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository's root
 
-from deploy.backends import FILES
+from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.cli import UserError, run_main
 from deploy.files import make_folder
 from deploy.imaging import MEAN, STD
@@ -84,17 +85,18 @@ def main() -> None:
     try:
         program = paddle.jit.to_static(InferenceForm(model), input_spec=[spec], full_graph=True)
         paddle.jit.save(program, str(aside / "inference"))
+        (aside / "inference.pdiparams.info").unlink(missing_ok=True)  # of Paddle 2.6; nothing reads it
         if args.format != "paddle":
             write_onnx(aside, description)
         if args.format == "onnx":
-            for name in FILES["paddle"]:
+            for name in model_files(aside, "paddle"):
                 (aside / name).unlink()
         description["sha256"] = {file.name: sha256(file) for file in sorted(aside.iterdir())}
         (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
         made = sorted(aside.iterdir())
         for file in made:
             os.replace(file, target / file.name)
-        for name in {name for names in FILES.values() for name in names} - {file.name for file in made}:
+        for name in {OLD_PROGRAM, *(name for names in FILES.values() for name in names)} - {f.name for f in made}:
             (target / name).unlink(missing_ok=True)  # of an earlier export in another format
     except OSError as error:
         raise UserError(f"{target}: the export cannot be written ({error.strerror or error})") from error
@@ -112,7 +114,9 @@ def converter_versions() -> dict[str, str]:
     try:
         return {name: metadata.version(name) for name in ("paddle2onnx", "onnx")}
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"--format: ONNX needs {error.name}; pip install -r requirements-deploy.txt") from error
+        raise UserError(
+            f"--format: ONNX needs {error.name}; pip install -r requirements-deploy.txt (Python up to 3.12)"
+        ) from error
 
 
 def write_onnx(folder: Path, description: dict[str, Any]) -> None:
@@ -123,7 +127,7 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
     """
     import onnx
 
-    program, parameters = FILES["paddle"]
+    program, parameters = model_files(folder, "paddle")
     command = [sys.executable, "-m", "paddle2onnx.command", "--model_dir", str(folder), "--model_filename", program]
     command += ["--params_filename", parameters, "--save_file", str(folder / "inference.onnx")]
     # The optimisers that Paddle2ONNX knows install packages, or are not there; the runtimes optimise for themselves.

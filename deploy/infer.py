@@ -18,7 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
-from deploy.backends import FILES, add_runtime, asked_for, load_exported
+from deploy.backends import add_runtime, asked_for, load_exported, model_files
 from deploy.cli import (
     ArgumentParser,
     UserError,
@@ -127,13 +127,14 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     Raises:
         UserError: no exported model there, or its files do not belong together.
     """
-    for name in ("inference.yml", *FILES[backend]):
+    files = model_files(folder, backend)
+    for name in ("inference.yml", *files):
         if not (folder / name).is_file():
             kind = "" if backend == "paddle" else " with --format onnx or all"
             raise UserError(f"--save_inference_dir {folder}: {name} is missing; run deploy/export_model.py{kind} first")
     try:
         description = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
-        checksums = {name: description["sha256"][name] for name in FILES[backend]}
+        checksums = {name: description["sha256"][name] for name in files}
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
         if min(height, width) < 1:
             raise ValueError("input_size must be positive")

@@ -38,6 +38,8 @@ def setup(verbose: bool = False) -> dict[str, str]:
     warnings.filterwarnings("ignore", message="No ccache found")
     warnings.filterwarnings("ignore", message="When training, we now always track")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata, on which no pixel depends
+    import numpy.random  # noqa: F401  numpy 2.4 does so when it is first used; after paddle 2.6 that crashes
+
     notes = io.StringIO()
     with contextlib.redirect_stderr(notes):
         import paddle  # noqa: F401

@@ -126,7 +126,7 @@ class FeatureNorm(nn.BatchNorm2D):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         if not self.training or distributed.processes() == 1:
-            return super().forward(x)
+            return nn.BatchNorm2D.forward(self, x)  # Paddle 2.6 cannot export super()
         shape = [1, -1, 1, 1]
         with paddle.no_grad():
             sums = [x.sum(axis=[0, 2, 3]), paddle.full([1], x.size / x.shape[1])]

@@ -143,8 +143,9 @@ def test_gradients_in_eval_mode_can_be_asked_for_in_any_way(config, random):
     flow.eval()
     z, _ = flow(tensor(random, 1, 8, 2, 2))
     weight = flow.module_list[0].subnet[0].weight
+    higher = not paddle.__version__.startswith("2.")  # which has no second derivative of index_select
     for _ in range(2):
-        (first,) = paddle.grad(z.sum(), [weight], retain_graph=True, create_graph=True)
+        (first,) = paddle.grad(z.sum(), [weight], retain_graph=True, create_graph=higher)
     assert first.shape == weight.shape
 
 

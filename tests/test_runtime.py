@@ -114,6 +114,22 @@ def test_importing_the_module_does_not_import_paddle():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_numpy_random_is_imported_before_paddle():
+    """Paddle 2.6 crashes the other way round."""
+    code = (
+        "import sys\n"
+        "class AtPaddle:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'paddle':\n"
+        "            sys.exit('numpy.random' not in sys.modules)\n"
+        "sys.meta_path.insert(0, AtPaddle())\n"
+        "from deploy import runtime\n"
+        "runtime.setup()\n"
+        "sys.exit(2)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_cpu_is_chosen_by_name():
     device = paddle.device.get_device()
     try:

@@ -224,5 +224,4 @@ def _one_of(choices: tuple[str, ...], value: Any) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
