@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from deploy.cli import UserError
-from deploy.files import write_whole
+from deploy.files import regular_file, write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that starts another program
@@ -90,7 +90,7 @@ def read_mask(path: Path) -> np.ndarray:
 def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarray:
     """(H, W, 3) uint8, or (H, W) uint16."""
     try:
-        with Image.open(content or path, formats=FORMATS) as image:
+        with Image.open(content or regular_file(path), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
                 raise UserError(f"{path}: {size} is more than the {max_pixels} pixels allowed; scale it down")

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
 from deploy.backends import FILES, PRECISIONS, Options, load_exported, set_up
@@ -31,6 +29,7 @@ from deploy.cli import (
     warn,
 )
 from deploy.files import make_folder, write_text
+from deploy.plain_yaml import read_yaml
 
 
 def parse_args() -> argparse.Namespace:
@@ -140,7 +139,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
             kind = "" if backend == "paddle" else " with --format onnx or all"
             raise UserError(f"--save_inference_dir {folder}: {name} is missing; run deploy/export_model.py{kind} first")
     try:
-        description = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
+        description = read_yaml(folder / "inference.yml")
         checksums = {name: description["sha256"][name] for name in FILES[backend]}
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
         if min(height, width) < 1:
@@ -149,7 +148,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
             description[key] = float(description[key])
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:

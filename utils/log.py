@@ -21,13 +21,28 @@ def make_logger(path: Path, silent: bool) -> logging.Logger:
         logger.addHandler(logging.NullHandler())
         return logger
     try:
-        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+        handlers = [_Terminal(sys.stdout), _LogFile(path, encoding="utf-8", errors="backslashreplace")]
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     return logger
+
+
+class _Terminal(logging.StreamHandler):
+    """Output that raises what goes wrong; logging itself would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
+class _LogFile(logging.FileHandler):
+    """A file that raises a UserError where it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        raise UserError(f"{self.baseFilename}: cannot be written ({error})") from error
 
 
 class IterationTimes:
