@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -37,12 +38,25 @@ def list_images(path: str | Path) -> list[Path]:
         elif path and Path(path).exists():
             return [Path(path)]
         else:
-            found = [Path(name) for name in glob.glob(path, recursive=True) if is_image(Path(name))]
+            found = [file for file in _matches(path) if is_image(file)]
     except OSError as error:  # a name too long, a folder that may not be read
         raise UserError(f"{path}: cannot be looked at ({error.strerror})") from error
     if not found:
         raise UserError(f"{path or 'empty path'}: no such file, folder or pattern with pictures")
     return sorted(found)
+
+
+def _matches(pattern: str) -> set[Path]:
+    """What `glob.glob(pattern, recursive=True)` finds, but `**` enters no link: two in circles would take for ever."""
+    head, *tails = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    if not tails:
+        return {Path(name) for name in glob.glob(pattern)}
+    found = set()
+    for top in glob.glob(head) if head else ["."]:
+        for folder, below, _ in os.walk(top):
+            below[:] = [name for name in below if not name.startswith(".")]
+            found |= _matches(os.path.join(glob.escape(folder), tails[0] or "*"))
+    return found
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -12,20 +13,23 @@ MODULES = ("train", "eval", "deploy.export_model")
 LATER = ("matplotlib.backends.backend_agg", "models.inference_form", "utils.averaging", "utils.evaluation")
 
 
-def start(module: str, options: list[str], folder: Path, kill_at_rename: int = 0) -> multiprocessing.Process:
+def start(
+    module: str, options: list[str], folder: Path, kill_at_rename: int = 0, largest_file: int = 0
+) -> multiprocessing.Process:
     """The process of `module.main` in this folder; its output goes to output.txt there.
 
     Args:
         kill_at_rename: it ends by kill -9 just before it gives the n-th file its name; 0 for never.
+        largest_file: bytes beyond which it cannot write a file; 0 for any.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tests.killing_server"])
-    process = context.Process(target=_run, args=(module, options, folder, kill_at_rename))
+    process = context.Process(target=_run, args=(module, options, folder, kill_at_rename, largest_file))
     process.start()
     return process
 
 
-def _run(module: str, options: list[str], folder: Path, kill_at_rename: int) -> None:
+def _run(module: str, options: list[str], folder: Path, kill_at_rename: int, largest_file: int) -> None:
     from deploy.cli import run_main
 
     os.chdir(folder)
@@ -41,5 +45,7 @@ def _run(module: str, options: list[str], folder: Path, kill_at_rename: int) -> 
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [module, *options]
     run_main(importlib.import_module(module).main)

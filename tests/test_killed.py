@@ -1,34 +1,36 @@
 """Nothing is lost: kill -9 at random moments, two trainings in one folder, a full disk."""
 
+import contextlib
 import csv
 import json
-import os
 import random
 import re
-import resource
+import shutil
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from deploy.cli import UserError
+from deploy.imaging import read_rgb
 from deploy.infer import read_description
 from tests.killing import start
 from utils.checkpoint import load_checkpoint
 from utils.history import EpochRow, best_row
+from utils.log import make_logger
 from utils.thresholds import load_thresholds
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--data", str(ROOT / "lite_data"), "-cat", "bottle", "--exp_dir", "exp"]
-TINY = ["-o", "input_size=32", "-o", "flow_step=1", "-o", "pretrained=offline", "--batch_size", "12"]
 # What chooses the best epoch: the test set; the last one, with a moving average and held-out pictures.
 BY_TEST_SET = ["-cfg", str(ROOT / "configs/resnet18.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
 STABLE = ["-cfg", str(ROOT / "configs/resnet18_stable.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
-OFFLINE = ["-o", "pretrained=offline", "--batch_size", "12"]
+TRAIN = ["-o", "pretrained=offline", "--batch_size", "12", *DATA]
 CHECKPOINTS = ("best.pdparams", "last.pdparams")
 FOLDER = Path("results/exp/bottle")
 
@@ -70,8 +72,8 @@ def unfinished(folder):
     return [path for path in folder.rglob(".*") if path.name != ".lock"]
 
 
-def assert_usable(folder, whole):
-    """What a killed training has left can be read, and belongs together."""
+def assert_usable(folder, whole, mixed=False):
+    """What a killed training has left can be read, and belongs together; `mixed`: it was written over an older one."""
     folder = folder / FOLDER
     if not (folder / "last.pdparams").exists():
         return
@@ -81,11 +83,11 @@ def assert_usable(folder, whole):
     history = [EpochRow(**row) for row in last["history"]]
     if (folder / "best.pdparams").exists():
         best = load_checkpoint(folder / "best.pdparams")
-        assert_begins(whole, best["history"])
+        assert mixed or assert_begins(whole, best["history"]) is None
         assert best["epoch"] == best_row(history).epoch or best_row(history) is history[-1]
     else:
         assert best_row(history) is history[-1]
-    if (folder / "history.csv").exists():
+    if (folder / "history.csv").exists() and not mixed:
         assert_begins(whole, table(folder.parents[2]))
     targets = (*CHECKPOINTS, "history.csv", "config.yaml", "curves.png")
     assert {path.name for path in unfinished(folder)} <= {f".{name.replace('.', '.part.')}" for name in targets}
@@ -115,7 +117,7 @@ def trained(tmp_path_factory):
         if key not in known:
             folder = tmp_path_factory.mktemp("whole")
             begun = time.perf_counter()
-            code, output = finish(folder, "train", *options, *OFFLINE, *DATA)
+            code, output = finish(folder, "train", *options, *TRAIN)
             seconds = time.perf_counter() - begun
             assert code == 0, output
             spent = [row["seconds"] for row in table(folder)]
@@ -125,10 +127,8 @@ def trained(tmp_path_factory):
     return train
 
 
-TRAININGS = {
-    "test_auroc": ([*BY_TEST_SET, "--epochs", "16", "-o", "patience=5", "-o", "lr=0.02"], 20),
-    "moving average": ([*STABLE, "--epochs", "10"], 15),
-}
+PATIENT = [*BY_TEST_SET, "--epochs", "16", "-o", "patience=5", "-o", "lr=0.02"]
+TRAININGS = {"test_auroc": (PATIENT, 20), "moving average": ([*STABLE, "--epochs", "10"], 15)}
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -142,9 +142,147 @@ def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_p
     while killed < kills:
         resume = ["--resume"] if last.exists() and load_checkpoint(last)["epoch"] < len(expected) else []
         seconds = chance.uniform(0, to_start + 2 * an_epoch)
-        killed += kill_after(seconds, tmp_path, "train", *options, *OFFLINE, *DATA, *resume)
+        killed += kill_after(seconds, tmp_path, "train", *options, *TRAIN, *resume)
         assert_usable(tmp_path, expected)
-    code, output = finish(tmp_path, "train", *options, *OFFLINE, *DATA, *(["--resume"] if last.exists() else []))
+    code, output = finish(tmp_path, "train", *options, *TRAIN, *(["--resume"] if last.exists() else []))
     assert code == 0, output
     assert_same_training(whole, tmp_path)
     assert not unfinished(tmp_path)
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3, 4, 5])
+def test_a_training_that_is_killed_between_two_files_over_an_older_one_goes_on(tmp_path, trained, renames):
+    """The older one has other losses; nothing of it may be mixed into the new one."""
+    options = [*BY_TEST_SET, "--epochs", "2"]
+    whole, _, _ = trained(options)
+    older, _, _ = trained([*options, "-o", "seed=1"])
+    shutil.copytree(older / "results", tmp_path / "results")
+    code, output = finish(tmp_path, "train", *options, *TRAIN, kill_at_rename=renames)
+    assert code == -signal.SIGKILL, output
+    assert_usable(tmp_path, table(older) if renames == 1 else table(whole), mixed=True)
+    # Before its first file has its name there is nothing to go on from but the older one.
+    resume = [] if renames == 1 else ["--resume"]
+    code, output = finish(tmp_path, "train", *options, *TRAIN, *resume)
+    assert code == 0, output
+    assert_same_training(whole, tmp_path)
+
+
+def test_an_evaluation_that_is_killed_again_and_again_comes_to_the_same_end(tmp_path, trained):
+    whole, _, _ = trained(PATIENT)
+    shutil.copytree(whole / "results", tmp_path / "results")
+    before = {name: (tmp_path / FOLDER / name).read_bytes() for name in (*CHECKPOINTS, "history.csv")}
+    command = [*BY_TEST_SET, *DATA, "--save_maps"]
+    begun = time.perf_counter()
+    assert finish(whole, "eval", *command)[0] == 0
+    seconds = time.perf_counter() - begun
+    chance, killed = random.Random("evaluation"), 0
+    while killed < 8:
+        killed += kill_after(chance.uniform(seconds / 4, seconds), tmp_path, "eval", *command)
+        load_thresholds(tmp_path / FOLDER / "best.pdparams")
+        for path in tmp_path.rglob("*.json"):
+            json.loads(path.read_text())
+        for path in tmp_path.rglob("[!.]*.npz"):
+            np.load(path)["smoothed"]
+        for path in (*tmp_path.rglob("[!.]*.png"), *tmp_path.rglob("[!.]*.jpg")):
+            read_rgb(path)
+    code, output = finish(tmp_path, "eval", *command)
+    assert code == 0, output
+    assert (tmp_path / "results/exp/eval.json").read_text() == (whole / "results/exp/eval.json").read_text()
+    assert {name: (tmp_path / FOLDER / name).read_bytes() for name in before} == before
+    assert not unfinished(tmp_path)
+
+
+def test_an_export_that_is_killed_again_and_again_comes_to_the_same_end(tmp_path, trained):
+    whole, _, _ = trained(PATIENT)
+    shutil.copytree(whole / "results", tmp_path / "results")
+    best = (tmp_path / FOLDER / "best.pdparams").read_bytes()
+    command = [*BY_TEST_SET, "-cat", "bottle", "--exp_dir", "exp"]
+    begun = time.perf_counter()
+    assert finish(whole, "deploy.export_model", *command)[0] == 0
+    seconds = time.perf_counter() - begun
+    expected = read_description(whole / "results/inference")
+    chance, killed = random.Random("export"), 0
+    while killed < 7:
+        killed += kill_after(chance.uniform(seconds / 4, seconds), tmp_path, "deploy.export_model", *command)
+        with contextlib.suppress(UserError):  # says that files are missing or do not belong together
+            assert read_description(tmp_path / "results/inference") == expected
+    code, output = finish(tmp_path, "deploy.export_model", *command)
+    assert code == 0, output
+    assert read_description(tmp_path / "results/inference") == expected
+    assert (tmp_path / FOLDER / "best.pdparams").read_bytes() == best
+    assert not unfinished(tmp_path)
+
+
+# ---- two in one folder
+
+
+def test_a_second_training_into_the_same_folder_says_so_and_stops(tmp_path):
+    options = [*BY_TEST_SET, "--epochs", "500", *TRAIN]
+    first = start("train", options, tmp_path)
+    try:
+        while not (tmp_path / FOLDER / "history.csv").exists():
+            assert first.is_alive(), (tmp_path / "output.txt").read_text()
+            time.sleep(0.1)
+        code, output = finish(tmp_path, "train", *options, "--resume")
+        assert code == 2
+        assert re.fullmatch(rf"error: {FOLDER}: process {first.pid} on \S+ is at work there; .*\n", output)
+        code, output = finish(tmp_path, "eval", *BY_TEST_SET, *DATA)
+        assert code == 0, output
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    epochs = len(table(tmp_path)) + 1
+    code, output = finish(tmp_path, "train", *BY_TEST_SET, "--epochs", epochs, *TRAIN, "--resume")
+    assert code == 0, output
+    assert len(table(tmp_path)) == epochs
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    hold = f"from pathlib import Path; from deploy.files import hold_folder; hold_folder(Path({str(tmp_path)!r}))"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", hold], cwd=ROOT, check=True)
+        assert not list(tmp_path.iterdir())
+
+
+# ---- a full disk
+
+
+@pytest.fixture(params=["size of a file", "small disk"])
+def full_disk(request, tmp_path, trained):
+    """A folder with a training of one epoch on a disk with room for it, but not for a third checkpoint; its limit."""
+    whole, _, _ = trained([*BY_TEST_SET, "--epochs", "1"])
+    size = (whole / FOLDER / "last.pdparams").stat().st_size
+    if request.param == "size of a file":
+        shutil.copytree(whole / "results", tmp_path / "results")
+        yield tmp_path, size // 2
+        return
+    (tmp_path / "results").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={2 * size + size // 2}", "tmpfs", tmp_path / "results"]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        shutil.copytree(whole / "results", tmp_path / "results", dirs_exist_ok=True)
+        yield tmp_path, 0
+    finally:
+        subprocess.run(["umount", tmp_path / "results"], check=True)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_files_before(full_disk):
+    folder, largest_file = full_disk
+    before = {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir() if path.name != "train.log"}
+    code, output = finish(folder, "train", *BY_TEST_SET, "--epochs", "3", *TRAIN, "--resume", largest_file=largest_file)
+    assert code == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert output.endswith(errors[0] + "\n") and "Traceback" not in output
+    assert re.fullmatch(r"error: \S+: cannot be written \((No space left on device|File too large)\)", errors[0])
+    assert {name: (folder / FOLDER / name).read_bytes() for name in before} == before
+    assert not unfinished(folder)
+    assert load_checkpoint(folder / FOLDER / "last.pdparams")["epoch"] == 1
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    logger = make_logger(tmp_path / "train.log", silent=False)
+    with pytest.raises(UserError, match=r"train\.log: cannot be written .*No space"):
+        logger.info("line")

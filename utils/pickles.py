@@ -21,7 +21,7 @@ from deploy.files import regular_file
 
 NUMBER_TYPE = re.compile(r"[biuf]\d")  # bool, integers, floats; never objects, whose bytes would be pointers
 PADDLES_NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own key in a saved state_dict
-MOST_VALUES = 2_000_000  # a history of 200,000 epochs
+MOST_VALUES = 1_000_000  # a history of 100,000 epochs
 MOST_DIMENSIONS = 32
 
 
