@@ -8,6 +8,7 @@ with --format onnx or all ONNX Runtime or OpenVINO. No training code.
 import argparse
 import hashlib
 import json
+import math
 import resource
 import sys
 import time
@@ -30,6 +31,8 @@ from deploy.cli import (
 )
 from deploy.files import make_folder, write_text
 from deploy.plain_yaml import read_yaml
+
+LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
 
 
 def parse_args() -> argparse.Namespace:
@@ -142,12 +145,15 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         description = read_yaml(folder / "inference.yml")
         checksums = {name: description["sha256"][name] for name in FILES[backend]}
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
-        if min(height, width) < 1:
-            raise ValueError("input_size must be positive")
+        if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
+            raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
         for key in ("image_threshold", "pixel_threshold"):
             description[key] = float(description[key])
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
+        numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]
+        if not all(map(math.isfinite, (*numbers, *description["std"]))) or min(description["std"]) <= 0:
+            raise ValueError("a threshold, mean or std is no number that can be used")
     except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():

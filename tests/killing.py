@@ -16,7 +16,7 @@ LATER = ("matplotlib.backends.backend_agg", "models.inference_form", "utils.aver
 def start(
     module: str, options: list[str], folder: Path, kill_at_rename: int = 0, largest_file: int = 0
 ) -> multiprocessing.Process:
-    """The process of `module.main` in this folder; its output goes to output.txt there.
+    """The process of `module.main` in this folder; its output goes to output-{pid}.txt there.
 
     Args:
         kill_at_rename: it ends by kill -9 just before it gives the n-th file its name; 0 for never.
@@ -33,7 +33,7 @@ def _run(module: str, options: list[str], folder: Path, kill_at_rename: int, lar
     from deploy.cli import run_main
 
     os.chdir(folder)
-    with open("output.txt", "w") as output:
+    with open(f"output-{os.getpid()}.txt", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     renames = 0

@@ -39,7 +39,7 @@ def finish(folder, module, *options, **hazards):
     """Run a command to its end; return its exit code and what it has said."""
     process = start(module, [str(option) for option in options], folder, **hazards)
     process.join(200)
-    return process.exitcode, (folder / "output.txt").read_text()
+    return process.exitcode, (folder / f"output-{process.pid}.txt").read_text()
 
 
 def kill_after(seconds, folder, module, *options):
@@ -221,7 +221,7 @@ def test_a_second_training_into_the_same_folder_says_so_and_stops(tmp_path):
     first = start("train", options, tmp_path)
     try:
         while not (tmp_path / FOLDER / "history.csv").exists():
-            assert first.is_alive(), (tmp_path / "output.txt").read_text()
+            assert first.is_alive()
             time.sleep(0.1)
         code, output = finish(tmp_path, "train", *options, "--resume")
         assert code == 2
@@ -270,7 +270,11 @@ def full_disk(request, tmp_path, trained):
 
 def test_a_full_disk_is_one_line_and_keeps_the_files_before(full_disk):
     folder, largest_file = full_disk
-    before = {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir() if path.name != "train.log"}
+    before = {
+        path.name: path.read_bytes()
+        for path in (folder / FOLDER).iterdir()
+        if path.suffix != ".log" and path.name != ".lock"
+    }
     code, output = finish(folder, "train", *BY_TEST_SET, "--epochs", "3", *TRAIN, "--resume", largest_file=largest_file)
     assert code == 2, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
