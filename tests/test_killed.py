@@ -285,6 +285,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_files_before(full_disk):
     assert load_checkpoint(folder / FOLDER / "last.pdparams")["epoch"] == 1
 
 
+def test_output_onto_a_full_disk_is_one_line():
+    command = "from deploy.cli import run_main; run_main(lambda: print('line'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written (No space left on device); make room on its disk\n"
+
+
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "train.log").symlink_to("/dev/full")
     logger = make_logger(tmp_path / "train.log", silent=False)
