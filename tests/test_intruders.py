@@ -62,6 +62,13 @@ def test_a_tower_of_tuples_as_a_key_does_not_end_the_process(tmp_path):
     """Its hash would overflow the stack of C."""
     tower = b"}" + b")" + b"\x85" * 300_000 + b"K\x01s"
     refused_pickle(tmp_path, proto(tower), "a tuple where")
+    refused_pickle(tmp_path, proto(b")" + b"\x85" * 300_000 + b"\x8c\x01x\x93"), "a tuple where")  # as a module
+
+
+def test_no_message_shows_what_has_no_end(tmp_path):
+    doubled = b"]q\x00" + b"](h\x00h\x00eq\x00" * 60  # each list holds the one before twice
+    for call in (b"cnumpy\ndtype\nh\x00\x85R", b"c_codecs\nencode\n\x8c\x01xh\x00\x86R"):
+        refused_pickle(tmp_path, proto(doubled, call), "a list where")
 
 
 def test_a_place_in_the_memo_takes_no_memory(tmp_path):
@@ -100,9 +107,10 @@ def test_the_same_bytes_are_not_decoded_again_and_again(tmp_path):
 def test_an_array_of_a_thousand_dimensions_is_refused(tmp_path):
     """Their product alone would take long."""
     array = b"cnumpy.core.multiarray\n_reconstruct\n)R"
-    sides = b"(" + (b"\x8a\xff" + b"\x7f" * 255) * 1000 + b"t"
     number_type = b"cnumpy\ndtype\n\x8c\x02f4\x85R"
-    refused_pickle(tmp_path, proto(array, b"(K\x01", sides, number_type, b"\x89B\x04\0\0\0abcdtb"), "do not agree")
+    large, a_list = b"\x8a\xff" + b"\x7f" * 255, b"]K\x01aJ\0\0\0\x7f"
+    for sides, words in ((b"(" + large * 1000 + b"t", "do not agree"), (b"(" + a_list + b"t", "a list where")):
+        refused_pickle(tmp_path, proto(array, b"(K\x01", sides, number_type, b"\x89B\x04\0\0\0abcdtb"), words)
 
 
 # ---- archives

@@ -33,8 +33,8 @@ class _NumberType:
     """Stands in for numpy.dtype(name, False, True)."""
 
     def __init__(self, name: str, *_: Any) -> None:
-        if not isinstance(name, str) or not NUMBER_TYPE.fullmatch(name):
-            raise _Refused(f"an array of {name!r:.99}, not of numbers")
+        if not NUMBER_TYPE.fullmatch(_of(str, name)):
+            raise _Refused(f"an array of {name:.99}, not of numbers")
         self.dtype = np.dtype(name)
 
     def build(self, state: tuple) -> None:
@@ -62,15 +62,16 @@ def _make_array(number_type: _NumberType, shape: tuple[int, ...], data: bytes, o
     """A view of the data, which takes no memory of its own."""
     if not isinstance(number_type, _NumberType) or not isinstance(data, bytes):
         raise _Refused("an array that is not made of plain bytes")
-    if len(shape) > MOST_DIMENSIONS or math.prod(shape) * number_type.dtype.itemsize != len(data):
+    sides = [_of(int, side) for side in shape[:MOST_DIMENSIONS]]
+    if len(sides) < len(shape) or math.prod(sides) * number_type.dtype.itemsize != len(data):
         raise _Refused("an array whose shape and bytes do not agree")
-    return np.frombuffer(data, number_type.dtype).reshape(shape, order=order)
+    return np.frombuffer(data, number_type.dtype).reshape(sides, order=order)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
     """_codecs.encode, which older pickle protocols need for bytes."""
-    if encoding != "latin1":
-        raise _Refused(f"text in the encoding {encoding!r:.99}")
+    if _of(str, encoding) != "latin1":
+        raise _Refused(f"text in the encoding {encoding:.99}")
     return text.encode("latin1")
 
 
@@ -205,8 +206,8 @@ def _run(data: bytes) -> Any:
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
-    if (module, name) not in FUNCTIONS:
-        raise _Refused(f"{module!s:.99}.{name!s:.99}")
+    if (_of(str, module), _of(str, name)) not in FUNCTIONS:
+        raise _Refused(f"{module:.99}.{name:.99}")
     return FUNCTIONS[module, name]
 
 
