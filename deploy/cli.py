@@ -92,10 +92,13 @@ def run_main(main: Callable[[], int | None]) -> None:
         _silence()
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.filename is not None:  # a name that is too long, a folder that may not be read
+            report_error(Exception(f"{error.filename}: {error.strerror}"))
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            report_error(Exception(f"the output cannot be written ({error.strerror}); make room on its disk"))
+            _silence()
+        else:
             raise
-        report_error(Exception(f"the output cannot be written ({error.strerror}); make room on its disk"))
-        _silence()
         code = 2
     except KeyboardInterrupt:
         report_error(Exception("interrupted"))

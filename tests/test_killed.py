@@ -293,6 +293,12 @@ def test_output_onto_a_full_disk_is_one_line():
     assert done.stderr == "error: the output cannot be written (No space left on device); make room on its disk\n"
 
 
+def test_a_name_too_long_for_any_file_is_one_line(tmp_path):
+    code, output = finish(tmp_path, "train", *BY_TEST_SET, "--data", tmp_path, "-cat", "x" * 300)
+    assert code == 2
+    assert re.fullmatch(r"error: \S*xxx: File name too long\n", output)
+
+
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "train.log").symlink_to("/dev/full")
     logger = make_logger(tmp_path / "train.log", silent=False)
