@@ -285,12 +285,24 @@ def test_a_full_disk_is_one_line_and_keeps_the_files_before(full_disk):
     assert load_checkpoint(folder / FOLDER / "last.pdparams")["epoch"] == 1
 
 
-def test_output_onto_a_full_disk_is_one_line():
-    command = "from deploy.cli import run_main; run_main(lambda: print('line'))"
+def run_onto_full_disk(code):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+
+
+def test_output_onto_a_full_disk_is_one_line():
+    done = run_onto_full_disk("from deploy.cli import run_main; run_main(lambda: print('line'))")
     assert done.returncode == 2
     assert done.stderr == "error: the output cannot be written (No space left on device); make room on its disk\n"
+
+
+def test_a_training_goes_on_where_its_output_cannot_be_written(tmp_path):
+    log = f"log = make_logger(Path({str(tmp_path / 'log')!r}), silent=False)"
+    imports = "from pathlib import Path; from utils.log import make_logger"
+    done = run_onto_full_disk(f"{imports}; {log}; log.info('line'); log.info('another')")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "log").read_text() == "line\nanother\n"
 
 
 def test_a_name_too_long_for_any_file_is_one_line(tmp_path):

@@ -11,6 +11,8 @@ from deploy.cli import UserError
 def make_logger(path: Path, silent: bool) -> logging.Logger:
     """A logger that prints plain lines and adds them to the end of the file; a silent one drops them.
 
+    Logging raises a UserError where the file cannot be written later on, and goes on without a terminal.
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -20,21 +22,15 @@ def make_logger(path: Path, silent: bool) -> logging.Logger:
     if silent:
         logger.addHandler(logging.NullHandler())
         return logger
+    logging.raiseExceptions = False  # a training goes on without its terminal; logging would print a traceback a line
     try:
-        handlers = [_Terminal(sys.stdout), _LogFile(path, encoding="utf-8", errors="backslashreplace")]
+        handlers = [logging.StreamHandler(sys.stdout), _LogFile(path, encoding="utf-8", errors="backslashreplace")]
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     return logger
-
-
-class _Terminal(logging.StreamHandler):
-    """Output that raises what goes wrong; logging itself would print a traceback and go on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise
 
 
 class _LogFile(logging.FileHandler):
