@@ -34,6 +34,7 @@ from utils.results import describe_backbone
 from utils.thresholds import load_thresholds
 from utils.training import build_optimizer, training_step
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged metadata
 # The same examples every time: a test that fails by chance helps nobody.
 bounded = settings(
     derandomize=True,

@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import yaml
 
 from deploy.cli import UserError
 from deploy.imaging import list_images, read_rgb
@@ -26,9 +27,9 @@ from utils.thresholds import load_thresholds
 @pytest.fixture(autouse=True)
 def at_once():
     """Whatever is refused is refused at once: none of these files may take time or memory."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     yield
-    assert time.perf_counter() - begun < 30
+    assert time.process_time() - begun < 20
 
 
 # ---- pickles; tests/test_checkpoint.py plants calls
@@ -174,7 +175,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 YAML_BOMBS = {
     "billion laughs": (LAUGHS, "aliases"),
     "merged keys": (MERGES, "aliases"),
-    "deep": ("[" * 5_000, "not valid YAML"),
+    "deep": ("[" * 2_000, "not valid YAML"),
     "large": ("a: 1\n" * (MOST_CHARACTERS // 5 + 1), "characters"),
     "long number": ("a: 0x" + "f" * 5000, "digits"),
     "sixties": ("a: 1" + ":1" * 5000, "digits"),
@@ -199,6 +200,32 @@ def test_yaml_stays_small(tmp_path, name):
         (tmp_path / file).touch()
     (tmp_path / "inference.yml").write_text(text)
     with pytest.raises(UserError, match=rf"inference\.yml.*{words}"):
+        read_description(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"std": [0.5, 0, 0.5]},
+        {"mean": [0.5, 0.5, float("nan")]},
+        {"image_threshold": float("inf")},
+        {"pixel_threshold": 10**400},
+        {"input_size": [32, 10**9]},
+        {"input_size": [32, float("inf")]},
+        {"input_size": [32]},
+    ],
+)
+def test_numbers_of_a_model_that_cannot_be_used_are_refused(tmp_path, change):
+    checksum = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # of nothing
+    description = {"input_size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    description |= {"image_threshold": 0.5, "pixel_threshold": 0.5, "sha256": {}}
+    for name in ("inference.json", "inference.pdiparams"):
+        (tmp_path / name).touch()
+        description["sha256"][name] = checksum
+    (tmp_path / "inference.yml").write_text(yaml.safe_dump(description))
+    assert read_description(tmp_path)["std"] == [0.5, 0.5, 0.5]
+    (tmp_path / "inference.yml").write_text(yaml.safe_dump(description | change))
+    with pytest.raises(UserError, match=r"inference\.yml: damaged"):
         read_description(tmp_path)
 
 
