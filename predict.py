@@ -15,7 +15,7 @@ from deploy.imaging import (
     write_picture,
 )
 from utils.options import add_category, common_parser, start
-from utils.results import experiment_folder
+from utils.results import category_folder
 from utils.thresholds import FILE_NAME, PUBLISHED, Thresholds, load_thresholds
 
 
@@ -35,7 +35,7 @@ def main() -> int:
 
     from utils.checkpoint import load_model
 
-    folder = experiment_folder(args.exp_dir) / args.category
+    folder = category_folder(args.exp_dir, args.category)
     model, _ = load_model(config, folder / "best.pdparams")
     thresholds = choose_thresholds(args, folder / "best.pdparams")
     single = Path(args.image_path).is_file()

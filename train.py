@@ -1,8 +1,10 @@
 """Train one category: python train.py -cfg ./configs/resnet18.yaml --data ./data --exp_dir exp -cat bottle"""
 
 import argparse
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +13,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deploy.cli import UserError, positive_int, run_main
-from deploy.files import make_folder, write_text
+from deploy.files import hold_folder, make_folder, write_text, write_whole
+from utils.config import Config
 from utils.history import EpochRow, best_row, draw_curves, epoch_line, selection_value, waited_for, write_csv
 from utils.log import make_logger
 from utils.options import add_cache, add_category, add_data, common_parser, start
-from utils.results import describe_backbone, experiment_folder
+from utils.results import category_folder, describe_backbone
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +72,9 @@ def main() -> None:
 
     paddle.seed(config.seed)
     model = FastFlow(config)
-    folder = make_folder(experiment_folder(args.exp_dir) / category.name)
+    folder = make_folder(category_folder(args.exp_dir, category.name))
+    if distributed.is_first():
+        hold_folder(folder)
     dtype, precision = mixed_precision() if config.amp else ("float32", "float32")
     model.train_in(dtype)
     optimizer = build_optimizer(model, config)
@@ -113,6 +118,8 @@ def main() -> None:
     if config.amp:
         logger.info(f"{category.name}  mixed precision: the flows' convolutions compute in {precision}")
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
+    if args.resume and distributed.is_first():
+        follow_last(folder, config, history)
     epochs = range(len(history) + 1, config.epochs + 1)
     with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
         for epoch in bar:
@@ -154,15 +161,26 @@ def main() -> None:
                 "held_out": held_out_names,
                 **extra,
             }
-            if best_row(history) is history[-1]:
-                save_checkpoint(folder / "best.pdparams", content)
-            save_checkpoint(folder / "last.pdparams", content)  # after best: a resumed epoch writes both again
-            write_csv(folder / "history.csv", history)
-            write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+            save_checkpoint(folder / "last.pdparams", content)
+            follow_last(folder, config, history)
             logger.info(f"{category.name}  {epoch_line(history)}")
     if distributed.is_first():
         draw_curves(folder / "curves.png", history, category.name)
     logger.info(f"{category.name}  checkpoints, history.csv and curves.png are in {folder}")
+
+
+def follow_last(folder: Path, config: Config, history: Sequence[EpochRow]) -> None:
+    """Bring the other files of the folder in line with last.pdparams, whose history this is.
+
+    It is written first; whatever ends the process between the two, --resume goes on from here.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    if best_row(history) is history[-1]:
+        write_whole(folder / "best.pdparams", lambda name: shutil.copyfile(folder / "last.pdparams", name))
+    write_csv(folder / "history.csv", history)
+    write_text(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def load_category(data: Path, name: str) -> Category:
         UserError: no such category, no pictures, or a mask is missing among others of its defect.
     """
     folder = data / name
-    if not name or Path(name).name != name or not folder.is_dir():
+    if name in ("", "..") or Path(name).name != name or not folder.is_dir():
         known = f"; there are: {', '.join(list_categories(data))}" if data.is_dir() else ""
         raise UserError(f"category {name}: no such folder under --data {data}{known}")
     train = list_images(_existing(folder / "train" / "good"))

@@ -1,6 +1,7 @@
 """What every command shares: one clear line for bad input, typed options."""
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -83,13 +84,28 @@ def run_main(main: Callable[[], int | None]) -> None:
         stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
     try:
         code = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         report_error(error)
         code = 2
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         code = 1
+    except OSError as error:
+        if error.filename is not None:  # a name that is too long, a folder that may not be read
+            report_error(Exception(f"{error.filename}: {error.strerror}"))
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            report_error(Exception(f"the output cannot be written ({error.strerror}); make room on its disk"))
+            _silence()
+        else:
+            raise
+        code = 2
     except KeyboardInterrupt:
         report_error(Exception("interrupted"))
         code = 130
     sys.exit(code)
+
+
+def _silence() -> None:
+    """Drop what Python would still write to stdout at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

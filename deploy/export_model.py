@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.cli import UserError, run_main
-from deploy.files import make_folder
+from deploy.files import hold_folder, make_folder
 from deploy.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
-from utils.results import experiment_folder
+from utils.results import category_folder
 from utils.thresholds import PUBLISHED, load_thresholds
 
 OPSET = 13  # of ONNX: the first with all that the program needs in the form that newer ones have too
@@ -59,7 +58,7 @@ def main() -> None:
     versions = {"paddle": paddle.__version__}
     if args.format != "paddle":
         versions |= converter_versions()
-    checkpoint_path = experiment_folder(args.exp_dir) / args.category / "best.pdparams"
+    checkpoint_path = category_folder(args.exp_dir, args.category) / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path)
     thresholds = load_thresholds(checkpoint_path) or PUBLISHED
     target = make_folder(Path(args.save_inference_dir))
@@ -81,8 +80,11 @@ def main() -> None:
         "versions": versions,
     }
     # All files are made aside and then renamed, so that an export that fails leaves the one before as it was.
-    aside = Path(tempfile.mkdtemp(dir=target, prefix=".export-"))
+    hold_folder(target)
+    aside = target / ".export"
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+        aside.mkdir()
         program = paddle.jit.to_static(InferenceForm(model), input_spec=[spec], full_graph=True)
         paddle.jit.save(program, str(aside / "inference"))
         (aside / "inference.pdiparams.info").unlink(missing_ok=True)  # of Paddle 2.6; nothing reads it

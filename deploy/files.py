@@ -1,11 +1,17 @@
 """Files are written whole: to a temporary file beside the target, then renamed over it."""
 
+import atexit
+import contextlib
+import errno
+import fcntl
 import os
-import tempfile
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deploy.cli import UserError
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that cannot lock
 
 
 def make_folder(path: Path) -> Path:
@@ -23,39 +29,91 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def hold_folder(folder: Path) -> None:
+    """Keep other processes that call this out of the folder until this one ends, be it by kill -9.
+
+    The folder's file `.lock` says which process it is; an orderly end removes it. Where the file system cannot lock
+    (some network ones), nobody is kept out.
+
+    Raises:
+        UserError: another process holds the folder, which the message names with its number and machine.
+    """
+    path = folder / ".lock"
+    try:
+        handle = _open_locked(path, wait=False)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
+    except BlockingIOError as error:
+        owner = path.read_text(errors="replace") if path.is_file() else "unknown"
+        raise UserError(f"{folder}: process {owner} is at work there; wait for its end or choose another") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    atexit.register(path.unlink, missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """Let `write(temporary_name)` make the file, flush it to the disk, then rename it to `path`.
 
-    The temporary name keeps the suffix of `path`, so that writers that choose a format by it work.
-    If `write` fails, `path` is as it was before.
+    The temporary name keeps the suffix of `path`, so that writers that choose a format by it work. If `write` fails,
+    `path` is as it was before. What a killed process leaves is a hidden file that the next writing of `path` takes.
 
     Raises:
         UserError: the disk is full, the folder is not writable.
     """
     make_folder(path.parent)
-    temporary = None
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-        os.close(handle)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private to the user
-        os.replace(temporary, path)
-        temporary = None
+        with _alone(temporary):
+            write(str(temporary))
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole."""
-    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    """Write UTF-8 text whole; what is no text in a file's name is written as `\\udcXX`."""
+    content = text.encode(errors="backslashreplace")
+    write_whole(path, lambda name: Path(name).write_bytes(content))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def regular_file(path: Path) -> Path:
+    """The same path.
+
+    Raises:
+        UserError: there is something else than a file, a pipe for example, which would be waited for without end.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file")
+    return path
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Within it the file is there, for this process alone; it is to be renamed, and what fails removes it."""
+    handle = _open_locked(path, wait=True)
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _open_locked(path: Path, wait: bool) -> int:
+    """A handle that holds the lock of the file, which is made if it is not there."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(handle)
+                raise
+        # The holder before may have renamed or removed the file meanwhile: then this lock is one of nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)

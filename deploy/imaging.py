@@ -3,6 +3,7 @@
 import glob
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from deploy.cli import UserError
-from deploy.files import write_whole
+from deploy.files import regular_file, write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that starts another program
@@ -37,12 +38,25 @@ def list_images(path: str | Path) -> list[Path]:
         elif path and Path(path).exists():
             return [Path(path)]
         else:
-            found = [Path(name) for name in glob.glob(path, recursive=True) if is_image(Path(name))]
+            found = [file for file in _matches(path) if is_image(file)]
     except OSError as error:  # a name too long, a folder that may not be read
         raise UserError(f"{path}: cannot be looked at ({error.strerror})") from error
     if not found:
         raise UserError(f"{path or 'empty path'}: no such file, folder or pattern with pictures")
     return sorted(found)
+
+
+def _matches(pattern: str) -> set[Path]:
+    """What `glob.glob(pattern, recursive=True)` finds, but `**` enters no link: two in circles would take for ever."""
+    head, *tails = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    if not tails:
+        return {Path(name) for name in glob.glob(pattern)}
+    found = set()
+    for top in glob.glob(head) if head else ["."]:
+        for folder, below, _ in os.walk(top):
+            below[:] = [name for name in below if not name.startswith(".")]
+            found |= _matches(os.path.join(glob.escape(folder), tails[0] or "*"))
+    return found
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
@@ -90,7 +104,7 @@ def read_mask(path: Path) -> np.ndarray:
 def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarray:
     """(H, W, 3) uint8, or (H, W) uint16."""
     try:
-        with Image.open(content or path, formats=FORMATS) as image:
+        with Image.open(content or regular_file(path), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
                 raise UserError(f"{path}: {size} is more than the {max_pixels} pixels allowed; scale it down")

@@ -8,13 +8,12 @@ with --format onnx or all ONNX Runtime or OpenVINO. No training code.
 import argparse
 import hashlib
 import json
+import math
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
@@ -31,6 +30,9 @@ from deploy.cli import (
     warn,
 )
 from deploy.files import make_folder, write_text
+from deploy.plain_yaml import read_yaml
+
+LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
 
 
 def parse_args() -> argparse.Namespace:
@@ -133,16 +135,19 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
             kind = "" if backend == "paddle" else " with --format onnx or all"
             raise UserError(f"--save_inference_dir {folder}: {name} is missing; run deploy/export_model.py{kind} first")
     try:
-        description = yaml.safe_load((folder / "inference.yml").read_text(encoding="utf-8"))
+        description = read_yaml(folder / "inference.yml")
         checksums = {name: description["sha256"][name] for name in files}
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
-        if min(height, width) < 1:
-            raise ValueError("input_size must be positive")
+        if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
+            raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
         for key in ("image_threshold", "pixel_threshold"):
             description[key] = float(description[key])
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
+        numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]
+        if not all(map(math.isfinite, (*numbers, *description["std"]))) or min(description["std"]) <= 0:
+            raise ValueError("a threshold, mean or std is no number that can be used")
+    except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:

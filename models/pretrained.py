@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import read_batches
 from deploy.cli import UserError, warn
-from deploy.files import write_whole
+from deploy.files import regular_file, write_whole
 from deploy.imaging import normalise
 from models.backbone import Backbone, find_backbone
 from models.offline_start import calibrated_start
@@ -28,6 +29,7 @@ VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 DOWNLOAD_DEADLINE = 300  # seconds in all
 CALIBRATION_IMAGES = 16
+MOST_BYTES = 2**32  # of weights; a Wide ResNet50-2 has 0.3 GB
 RULER = "!" * 100
 OFFLINE_WARNING = f"""\
 {RULER}
@@ -82,8 +84,12 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     """
     if path.suffix == ".pdparams":
         return load_pickle(path)
+    regular_file(path)
     try:
         if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
+                    raise UserError(f"more than {MOST_BYTES} bytes when unpacked")
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         if path.suffix == ".safetensors":

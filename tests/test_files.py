@@ -1,12 +1,15 @@
 """Files appear whole or not at all."""
 
+import errno
+import fcntl
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from deploy.cli import UserError
-from deploy.files import make_folder, write_text, write_whole
+from deploy.files import hold_folder, make_folder, write_text, write_whole
 
 
 def test_text_is_written_as_utf8_into_new_folders(tmp_path):
@@ -94,3 +97,41 @@ def test_a_folder_without_write_permission_is_a_user_error(tmp_path):
             write_text(tmp_path / "f.txt", "x")
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_what_a_killed_writer_left_is_taken_by_the_next(tmp_path):
+    (tmp_path / ".f.part.txt").write_text("half of something longer")
+    write_text(tmp_path / "f.txt", "whole")
+    assert (tmp_path / "f.txt").read_text() == "whole"
+    assert os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_writers_of_the_same_file_wait_for_each_other(tmp_path):
+    texts = [str(i) * 10_000 for i in range(10)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_text(tmp_path / "f.txt", text), texts * 10))
+    assert (tmp_path / "f.txt").read_text() in texts
+    assert os.listdir(tmp_path) == ["f.txt"]
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / ".f.part.txt").symlink_to("elsewhere")
+    with pytest.raises(UserError, match=r"f\.txt"):
+        write_text(tmp_path / "f.txt", "x")
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+
+
+def test_a_disk_that_cannot_lock_is_written_to_nevertheless(tmp_path, monkeypatch):
+    def cannot(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    hold_folder(tmp_path)
+    write_text(tmp_path / "f.txt", "x")
+    assert (tmp_path / "f.txt").read_text() == "x"
+
+
+def test_a_name_that_is_no_text_is_written_so_that_json_can_be_read(tmp_path):
+    write_text(tmp_path / "f.json", '"a\udcff"')
+    assert (tmp_path / "f.json").read_bytes() == b'"a\\udcff"'

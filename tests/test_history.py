@@ -109,7 +109,7 @@ def test_csv_keeps_full_precision_and_leaves_empty_what_was_not_measured(tmp_pat
 
 @pytest.mark.parametrize("history", [rows((0.5, 0.6), None, (0.7, None)), rows(None), []])
 def test_curves_are_a_png_whatever_was_measured(tmp_path, history):
-    draw_curves(tmp_path / "curves.png", history, "bottle")
+    draw_curves(tmp_path / "curves.png", history, "bottle $ \udcff")  # of a name that is no text
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

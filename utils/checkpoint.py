@@ -22,6 +22,7 @@ from utils.config import Config
 from utils.history import EpochRow
 from utils.loss_scale import LossScale
 from utils.pickles import load_pickle
+from utils.results import OFFLINE
 from utils.states import set_state
 
 # Settings that a training cannot change half-way.
@@ -106,11 +107,14 @@ def load_for_resume(
         average.resume(checkpoint.get("average"), str(path))
     if scale and "loss_scale" in checkpoint:
         scale.resume(checkpoint["loss_scale"], str(path))
+    checkpoint["history"] = history_of(checkpoint, path)
     try:
+        if not checkpoint.get("backbone"):
+            raise ValueError("it does not say where the backbone's weights are from")
+        _check_optimizer_state(model, checkpoint["optimizer_state_dict"])
         optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _not_ours(path, error) from error
-    checkpoint["history"] = history_of(checkpoint, path)
     return checkpoint
 
 
@@ -121,13 +125,37 @@ def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
         UserError: it holds none.
     """
     try:
-        return [EpochRow(**row) for row in checkpoint["history"]]
-    except (KeyError, TypeError) as error:
+        return _history(checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
         raise _not_ours(path, error) from error
 
 
 def _not_ours(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})")
+
+
+def _history(checkpoint: dict[str, Any]) -> list[EpochRow]:
+    """The rows of its history, or a ValueError or TypeError."""
+    rows = [EpochRow(**row) for row in checkpoint["history"]]
+    if len(rows) != checkpoint["epoch"] or not rows:
+        raise ValueError("its history does not end with its epoch")
+    for number, row in enumerate(rows, start=1):
+        measured = (row.image_auroc, row.pixel_auroc, row.selection, row.val_loss)
+        values = [row.loss, row.lr, row.seconds, *(value for value in measured if value is not None)]
+        if row.epoch != number or not all(type(value) is float for value in values):
+            raise ValueError(f"its history is damaged at epoch {number}")
+    return rows
+
+
+def _check_optimizer_state(model: FastFlow, state: dict[str, Any]) -> None:
+    """A ValueError if Adam's moments are missing or misshapen; Paddle would start anew, or fail at the first step."""
+    for parameter in model.parameters():
+        shapes = {"moment1": parameter.shape, "moment2": parameter.shape, "beta1_pow_acc": [1], "beta2_pow_acc": [1]}
+        for kind, shape in shapes.items():
+            value = state.get(f"{parameter.name}_{kind}_0")
+            sound = isinstance(value, np.ndarray) and value.dtype.kind == "f" and list(value.shape) == list(shape)
+            if not sound and not parameter.stop_gradient:
+                raise ValueError(f"its optimizer has no {kind} of {parameter.name}")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -150,11 +178,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     sound = (
         isinstance(checkpoint["epoch"], int)
         and isinstance(checkpoint.get("config", {}), dict)
-        and (backbone is None or (isinstance(backbone, dict) and backbone.keys() == {"source", "file", "sha256"}))
+        and isinstance(checkpoint.get("config", {}).get("selection", ""), str)
+        and (backbone is None or _is_provenance(backbone))
     )
     if not sound:
         raise UserError(f"{path}: not a checkpoint (its epoch, config or backbone is not what train.py writes)")
     return checkpoint
+
+
+def _is_provenance(value: Any) -> bool:
+    """Whether it is what `models.pretrained.load_backbone` returns."""
+    if not isinstance(value, dict) or value.keys() != {"source", "file", "sha256"}:
+        return False
+    return value["source"] == OFFLINE or all(isinstance(entry, str) for entry in value.values())
 
 
 def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:

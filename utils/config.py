@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from deploy.cli import UserError
+from deploy.plain_yaml import parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
         UserError: unreadable file, unknown or missing key, wrong type, value out of range.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
+        values = read_yaml(path)
+    except (OSError, ValueError) as error:  # ValueError: no YAML, or a name that no file can have
         raise UserError(f"config {path}: cannot be read ({error}); give a YAML file with -cfg") from error
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
-        raise UserError(f"config {path}: not valid YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path}: must hold `key: value` lines, see configs/resnet18.yaml")
     for override in overrides:
@@ -140,9 +135,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"-o {override}: must be key=value, for example -o lr=0.0005")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"-o {override}: the value is not valid YAML ({error})") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"-o {override}: the value cannot be read ({error})") from error
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})

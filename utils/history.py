@@ -93,6 +93,7 @@ def write_csv(path: Path, history: Sequence[EpochRow]) -> None:
 
 def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
     """Loss, and the AUROCs where they were measured, over the epochs, as PNG."""
+    title = title.encode(errors="replace").decode()  # fonts know no bytes of names that are no text
     picture = blank_figure(10, 4)
     left, right = picture.subplots(1, 2)
     left.plot([row.epoch for row in history], [row.loss for row in history], marker=".", label="training")

@@ -11,6 +11,8 @@ from deploy.cli import UserError
 def make_logger(path: Path, silent: bool) -> logging.Logger:
     """A logger that prints plain lines and adds them to the end of the file; a silent one drops them.
 
+    Logging raises a UserError where the file cannot be written later on, and goes on without a terminal.
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -20,14 +22,23 @@ def make_logger(path: Path, silent: bool) -> logging.Logger:
         logger.setLevel(logging.CRITICAL)  # to drop them in a handler would not do: tqdm puts in one of its own
         return logger
     logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a training goes on without its terminal; logging would print a traceback a line
     try:
-        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(path, encoding="utf-8")]
+        handlers = [logging.StreamHandler(sys.stdout), _LogFile(path, encoding="utf-8", errors="backslashreplace")]
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     return logger
+
+
+class _LogFile(logging.FileHandler):
+    """A file that raises a UserError where it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        raise UserError(f"{self.baseFilename}: cannot be written ({error})") from error
 
 
 class IterationTimes:

@@ -1,35 +1,45 @@
-"""Read the pickles that `paddle.save` writes without letting them run code.
+"""Read the pickles that `paddle.save` writes, without Python's unpickler, which would run what they ask for.
 
-Nothing of numpy or Paddle is called while the pickle is read: arrays are collected by the small stand-ins below, and
-made only afterwards, from a plain number type, a shape and bytes.
+A pickle is a program for a small stack machine. The machine below knows only the instructions that build containers,
+texts and numbers, and in the place of functions only the stand-ins in `FUNCTIONS`. Arrays are made of a plain number
+type, a shape and bytes. Neither time nor memory grows beyond what the file's size warrants.
 """
 
-import io
+import itertools
 import math
 import pickle
+import pickletools
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deploy.cli import UserError
+from deploy.files import regular_file
 
 NUMBER_TYPE = re.compile(r"[biuf]\d")  # bool, integers, floats; never objects, whose bytes would be pointers
 PADDLES_NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own key in a saved state_dict
+MOST_VALUES = 1_000_000  # a history of 100,000 epochs
+MOST_DIMENSIONS = 32
+
+
+class _Refused(Exception):
+    """What no weights file holds."""
 
 
 class _NumberType:
     """Stands in for numpy.dtype(name, False, True)."""
 
     def __init__(self, name: str, *_: Any) -> None:
-        if not isinstance(name, str) or not NUMBER_TYPE.fullmatch(name):
-            raise pickle.UnpicklingError(f"it holds an array of {name!r}, not of numbers")
-        self.name = name
-        self.order = "<"
+        if not NUMBER_TYPE.fullmatch(_of(str, name)):
+            raise _Refused(f"an array of {name:.99}, not of numbers")
+        self.dtype = np.dtype(name)
 
-    def __setstate__(self, state: tuple) -> None:
-        self.order = ">" if state[1] == ">" else "<"
+    def build(self, state: tuple) -> None:
+        if state[1] == ">":
+            raise _Refused("numbers in the byte order of machines that Paddle does not run on")
 
 
 class _Array:
@@ -38,16 +48,9 @@ class _Array:
     def __init__(self, *_: Any) -> None:
         self.value: np.ndarray | None = None
 
-    def __setstate__(self, state: tuple) -> None:
+    def build(self, state: tuple) -> None:
         _, shape, number_type, fortran, data = state
         self.value = _make_array(number_type, shape, data, "F" if fortran else "C")
-
-
-class _NoCall:
-    """Stands in for numpy.ndarray, which is only named, never called."""
-
-    def __init__(self, *_: Any) -> None:
-        raise pickle.UnpicklingError("it calls numpy.ndarray")
 
 
 def _scalar(number_type: _NumberType, data: bytes) -> Any:
@@ -55,40 +58,49 @@ def _scalar(number_type: _NumberType, data: bytes) -> Any:
     return _make_array(number_type, (), data, "C")[()]
 
 
+def _make_array(number_type: _NumberType, shape: tuple[int, ...], data: bytes, order: str) -> np.ndarray:
+    """A view of the data, which takes no memory of its own."""
+    if not isinstance(number_type, _NumberType) or not isinstance(data, bytes):
+        raise _Refused("an array that is not made of plain bytes")
+    sides = [_of(int, side) for side in shape[:MOST_DIMENSIONS]]
+    if len(sides) < len(shape) or math.prod(sides) * number_type.dtype.itemsize != len(data):
+        raise _Refused("an array whose shape and bytes do not agree")
+    return np.frombuffer(data, number_type.dtype).reshape(sides, order=order)
+
+
 def _latin1(text: str, encoding: str) -> bytes:
     """_codecs.encode, which older pickle protocols need for bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    if _of(str, encoding) != "latin1":
+        raise _Refused(f"text in the encoding {encoding:.99}")
     return text.encode("latin1")
 
 
-def _make_array(number_type: _NumberType, shape: tuple[int, ...], data: bytes, order: str) -> np.ndarray:
-    if not isinstance(number_type, _NumberType) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("it holds an array that is not made of plain bytes")
-    dtype = np.dtype(number_type.order + number_type.name)
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise pickle.UnpicklingError("it holds an array whose shape and bytes do not agree")
-    return np.frombuffer(data, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="))
+def _tuple(values: tuple) -> tuple:
+    """tuple, which makes no copy of a tuple."""
+    return _of(tuple, values)
 
 
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("builtins", "tuple"): tuple,
-    ("__builtin__", "tuple"): tuple,
-    ("collections", "OrderedDict"): dict,
+def _ordered_dict() -> dict:
+    """collections.OrderedDict"""
+    return {}
+
+
+def _ndarray(*_: Any) -> None:
+    """numpy.ndarray, which is only named, never called."""
+    raise _Refused("a call of numpy.ndarray")
+
+
+FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("builtins", "tuple"): _tuple,
+    ("__builtin__", "tuple"): _tuple,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("_codecs", "encode"): _latin1,
-    ("numpy", "ndarray"): _NoCall,
+    ("numpy", "ndarray"): _ndarray,
     ("numpy", "dtype"): _NumberType,
 }
 for module in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2 name it differently
-    ALLOWED[f"{module}.multiarray", "_reconstruct"] = _Array
-    ALLOWED[f"{module}.multiarray", "scalar"] = _scalar
-
-
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no weights file needs; not loaded")
-        return ALLOWED[module, name]
+    FUNCTIONS[f"{module}.multiarray", "_reconstruct"] = _Array
+    FUNCTIONS[f"{module}.multiarray", "scalar"] = _scalar
 
 
 def load_pickle(path: Path) -> Any:
@@ -98,23 +110,124 @@ def load_pickle(path: Path) -> Any:
         UserError: missing, damaged, or holding anything else (such files can run code when unpickled).
     """
     try:
-        data = path.read_bytes()
+        data = regular_file(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        return _plain(_ArraysOnly(io.BytesIO(data)).load())
+        return _plain(_run(data), itertools.count())
+    except _Refused as error:
+        raise UserError(f"{path}: holds {error}; no weights file needs that, so it is not loaded") from error
     except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: not a Paddle weights file, or damaged ({error})") from error
 
 
-def _plain(value: Any) -> Any:
+def _run(data: bytes) -> Any:
+    """The value that the instructions build, with stand-ins for its arrays."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    decoded = 0  # bytes that `_latin1` has made
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case "PROTO":
+                if argument > pickle.HIGHEST_PROTOCOL:
+                    raise _Refused(f"protocol {argument}")
+            case "FRAME":
+                pass
+            case "STOP":
+                (value,) = stack
+                return value
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8" | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
+                stack.append(argument)
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                value = stack.pop()
+                _of(list, stack[-1]).append(value)
+            case "APPENDS":
+                values = since_mark()
+                _of(list, stack[-1]).extend(values)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM":
+                key, value = stack[-2:]
+                del stack[-2:]
+                _of(dict, stack[-1])[_of(str | int, key)] = value
+            case "SETITEMS":
+                values = since_mark()
+                for key, value in zip(values[::2], values[1::2], strict=True):
+                    _of(dict, stack[-1])[_of(str | int, key)] = value
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_function(*argument.split(" ")))  # pickletools puts a space between the two
+            case "STACK_GLOBAL":
+                names = stack[-2:]
+                stack[-2:] = [_function(*names)]
+            case "REDUCE":
+                function, arguments = stack[-2:]
+                result = function(*_of(tuple, arguments))  # nothing that can be called gets here but FUNCTIONS
+                decoded += len(result) if isinstance(result, bytes) else 0
+                if decoded > len(data):
+                    raise _Refused("the same bytes many times")
+                stack[-2:] = [result]
+            case "BUILD":
+                state = stack.pop()
+                _of(_NumberType | _Array, stack[-1]).build(state)
+            case _:
+                raise _Refused(f"the instruction {opcode.name}")
+    raise _Refused("no end")
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    if (_of(str, module), _of(str, name)) not in FUNCTIONS:
+        raise _Refused(f"{module:.99}.{name:.99}")
+    return FUNCTIONS[module, name]
+
+
+def _of(kind: Any, value: Any) -> Any:
+    """The value, if it is of this kind."""
+    if not isinstance(value, kind):
+        raise _Refused(f"a {type(value).__name__} where no weights file has one")
+    return value
+
+
+def _plain(value: Any, visited: Iterator[int]) -> Any:
     """Stand-ins become arrays; `paddle.save` stores a tensor as (name, array), of which the array is kept."""
+    if next(visited) > MOST_VALUES:  # few values can be in the file, each in many places
+        raise _Refused(f"more than {MOST_VALUES} values")
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Array):
+        value = value[1]
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key != PADDLES_NAME_TABLE}
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Array):
-        return value[1].value
+        return {key: _plain(item, visited) for key, item in value.items() if key != PADDLES_NAME_TABLE}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
-    return value
+        return type(value)(_plain(item, visited) for item in value)
+    return _of(str | bytes | int | float | np.generic | None, value)

@@ -104,10 +104,10 @@ def write_results(folder: Path, results: Mapping[str, Row]) -> None:
 def _read_rows(path: Path) -> dict[str, Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["categories"]
-        means(rows)  # fails where they are not what it takes
+        csv_table(rows), markdown_table("", rows)  # fail where they are not what it takes
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warn(f"{path}: is damaged ({error}) and written anew")
         return {}
     return rows

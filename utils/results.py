@@ -19,11 +19,22 @@ def experiment_folder(exp_dir: str) -> Path:
     """`results/{exp_dir}`, which holds a folder per category with its checkpoints.
 
     Raises:
-        UserError: the name is empty.
+        UserError: the name is empty, or leads out of results/.
     """
-    if not exp_dir.strip("/."):
-        raise UserError("--exp_dir: must name a folder under results/")
+    if not exp_dir.strip("/.") or Path(exp_dir).is_absolute() or ".." in Path(exp_dir).parts:
+        raise UserError(f"--exp_dir {exp_dir}: must name a folder under results/")
     return RESULTS / exp_dir
+
+
+def category_folder(exp_dir: str, category: str) -> Path:
+    """`results/{exp_dir}/{category}`, which holds the category's checkpoints.
+
+    Raises:
+        UserError: one of the names is empty or leads out of its folder.
+    """
+    if category in ("", "..") or Path(category).name != category:
+        raise UserError(f"category {category}: must be the name of a folder, not a path")
+    return experiment_folder(exp_dir) / category
 
 
 def figure(value: float | None) -> str:

@@ -25,8 +25,9 @@ import yaml
 
 from datasets.mvtec import Category, GroundTruth
 from deploy.cli import UserError, warn
-from deploy.files import write_text
+from deploy.files import regular_file, write_text
 from deploy.imaging import PUBLISHED_THRESHOLD
+from deploy.plain_yaml import read_yaml
 from utils.metrics import f1_score
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def load_thresholds(checkpoint: Path) -> Thresholds | None:
     """
     path = checkpoint.parent / FILE_NAME
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(regular_file(path))
         thresholds = Thresholds(
             _threshold(values["image_threshold"]),
             _threshold(values["pixel_threshold"]),
@@ -202,7 +203,7 @@ def load_thresholds(checkpoint: Path) -> Thresholds | None:
         sha256 = values["sha256"]
     except FileNotFoundError:
         return None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); run eval.py again, or delete it") from error
     if sha256 != _sha256(checkpoint):
         warn(f"{path}: these thresholds belong to another checkpoint than {checkpoint.name}; run eval.py again")

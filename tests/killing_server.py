@@ -1,0 +1,12 @@
+"""What the server that forks the commands of tests/killing.py imports beforehand."""
+
+import importlib
+import os
+
+from deploy import runtime
+from tests.killing import LATER, MODULES
+
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core cost more than such a small model saves
+runtime.setup()
+for name in (*MODULES, *LATER):
+    importlib.import_module(name)

@@ -1,0 +1,277 @@
+"""Whatever stands in a file or an upload: the readers take it, or refuse it in one line; they never fail otherwise."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+import yaml
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datasets.mvtec import list_categories, load_category, load_ground_truth, read_batches
+from deploy.cli import UserError
+from deploy.imaging import preprocess, read_rgb
+from deploy.infer import read_description
+from deploy.service import Limits, create_app
+from models.fastflow import FastFlow
+from tests.serving import PREDICT, picture_file
+from tests.test_serve import served
+from utils.averaging import WeightAverage
+from utils.checkpoint import load_checkpoint, load_for_resume, published_state
+from utils.config import load_config
+from utils.history import best_row
+from utils.results import describe_backbone
+from utils.thresholds import load_thresholds
+from utils.training import build_optimizer, training_step
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged metadata
+# The same examples every time: a test that fails by chance helps nobody.
+bounded = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def damaged(draw, whole):
+    """The bytes with some of them changed, taken out or put in."""
+    data = bytearray(draw(whole) if isinstance(whole, st.SearchStrategy) else whole)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        taken = draw(st.sampled_from([0, 1, 1, 1, 2, 8, len(data)]))
+        data[start : start + taken] = draw(st.binary(max_size=4))
+    return bytes(data)
+
+
+def changed(draw, content):
+    """The nested dictionary with one of its entries replaced, removed or added."""
+    content = dict(content)
+    key = draw(st.sampled_from([*content, "x"]))
+    if isinstance(content.get(key), dict) and content[key] and draw(st.booleans()):
+        return {**content, key: changed(draw, content[key])}
+    if draw(st.integers(0, 5)) == 0:
+        content.pop(key, None)
+        return content
+    return {**content, key: draw(VALUES)}
+
+
+def attempt(read, *arguments):
+    """What it returns, or None where it refuses; whatever else it raises fails the test."""
+    try:
+        return read(*arguments)
+    except UserError as error:
+        assert str(error)
+        return None
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def training(config):
+    """A model after a step, what resuming needs of it, and its checkpoint."""
+    config = dataclasses.replace(config, input_size=32, flow_step=1, ema_decay=0.9)
+    model = FastFlow(config)
+    optimizer = build_optimizer(model, config)
+    average = WeightAverage(model, config.ema_decay)
+    model.train()
+    training_step(model, optimizer, model.feature_extractor(paddle.rand([2, 3, 32, 32])))
+    row = {"epoch": 1, "loss": 1.0, "lr": 0.1, "image_auroc": 0.5, "pixel_auroc": 0.5, "selection": 0.5, "seconds": 1.0}
+    content = {
+        "epoch": 1,
+        "model_state_dict": published_state(model),
+        "optimizer_state_dict": optimizer.state_dict(),
+        "backbone": {"source": "downloaded", "file": "x", "sha256": "y"},
+        "config": config.as_dict(),
+        "history": [row | {"val_loss": None}],
+        "held_out": [],
+        "average": average.state(),
+    }
+    return model, optimizer, average, config, content
+
+
+SMALL = io.BytesIO()
+paddle.save({"epoch": 1, "model_state_dict": {"a": paddle.ones([3])}, "history": [{"loss": 0.5}]}, SMALL)
+
+
+@bounded
+@given(data=st.binary(max_size=200) | damaged(SMALL.getvalue()) | damaged(VALUES.map(pickle.dumps)))
+def test_a_checkpoint_of_any_bytes(tmp_path, data):
+    (tmp_path / "last.pdparams").write_bytes(data)
+    attempt(load_checkpoint, tmp_path / "last.pdparams")
+
+
+@settings(bounded, max_examples=60)
+@given(data=st.data())
+def test_a_checkpoint_of_any_content(tmp_path, training, data):
+    model, optimizer, average, config, content = training
+    content = changed(data.draw, content)
+    path = tmp_path / "last.pdparams"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    checkpoint = attempt(load_for_resume, model, optimizer, average, config, [], path)
+    if checkpoint:  # what train.py does with it next
+        assert best_row(checkpoint["history"]).epoch == checkpoint["epoch"]
+        describe_backbone(checkpoint["backbone"])
+        training_step(model, optimizer, model.feature_extractor(paddle.rand([2, 3, 32, 32])))
+
+
+# ---- YAML
+
+
+CONFIG = yaml.safe_load(Path("configs/resnet18.yaml").read_text(encoding="utf-8"))
+YAML_TEXT = st.text(st.sampled_from("ab1:-,.[]{}&*!|>'\"#%@?\\x0e~<=\n\t \x00\x85\ud800é"), max_size=60)
+
+
+@bounded
+@given(data=st.data())
+def test_a_config_of_any_content(tmp_path, data):
+    if data.draw(st.booleans()):
+        text = yaml.safe_dump(changed(data.draw, CONFIG))
+    else:
+        text = data.draw(YAML_TEXT)
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    attempt(load_config, tmp_path / "config.yaml")
+
+
+@bounded
+@given(overrides=st.lists(st.builds("{}={}".format, st.sampled_from([*CONFIG, "a.b", ""]), YAML_TEXT), max_size=3))
+def test_overrides_of_any_content(overrides):
+    attempt(load_config, "configs/resnet18.yaml", overrides)
+
+
+@bounded
+@given(data=st.data())
+def test_descriptions_and_thresholds_of_any_content(tmp_path, data):
+    files = {name: (tmp_path / name) for name in ("inference.json", "inference.pdiparams", "best.pdparams")}
+    for file in files.values():
+        file.touch()
+    checksum = hashlib.sha256(b"").hexdigest()
+    description = {
+        "category": "bottle",
+        "input_size": [32, 32],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "image_threshold": 0.5,
+        "pixel_threshold": 0.5,
+        "rule": "f1",
+        "pixel_rule": "f1",
+        "sha256": {name: checksum for name in files},
+    }
+    for name, content in (("inference.yml", description), ("thresholds.yaml", {**description, "sha256": checksum})):
+        text = yaml.safe_dump(changed(data.draw, content)) if data.draw(st.booleans()) else data.draw(YAML_TEXT)
+        (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogatepass")
+    read = attempt(read_description, tmp_path)
+    if read:
+        height, width = read["input_size"]
+        model_input = preprocess(np.zeros((2, 2, 3), np.uint8), height, width, read["mean"], read["std"])
+        assert np.isfinite(model_input).all()
+    attempt(load_thresholds, tmp_path / "best.pdparams")
+
+
+# ---- pictures
+
+
+PICTURES = st.sampled_from(
+    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF")]
+    + [picture_file(200, (9, 7), "TIFF", compression="tiff_lzw"), picture_file(9, (9, 7), "JPEG", progressive=True)]
+)
+FILES = st.binary(max_size=100) | PICTURES | damaged(PICTURES)
+
+
+@settings(bounded, max_examples=400)
+@given(data=FILES)
+def test_a_picture_of_any_bytes(data):
+    picture = attempt(read_rgb, Path("picture"), io.BytesIO(data), 1_000_000)
+    assert picture is None or (picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3)
+
+
+@bounded
+@given(data=st.data())
+def test_a_dataset_of_any_files(tmp_path, data):
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    folders = ["train/good", "test/good", "test/crack", "ground_truth/crack", "test", "train", "ground_truth/good"]
+    names = ["0.png", "0_mask.png", "1.jpg", "1_mask.png", ".2.png", "\udcff.png", "x\n.png", "good", "a.txt"]
+    for _ in range(data.draw(st.integers(1, 8))):
+        path = tmp_path / "data/part" / data.draw(st.sampled_from(folders)) / data.draw(st.sampled_from(names))
+        kind = data.draw(st.sampled_from(["file", "file", "file", "folder", "pipe", "link", "broken link"]))
+        if os.path.lexists(path):
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "folder":
+                path.mkdir()
+            elif kind == "pipe":
+                os.mkfifo(path)
+            elif "link" in kind:
+                path.symlink_to(path.name if kind == "broken link" else "..")
+            else:
+                path.write_bytes(data.draw(FILES))
+        except OSError:  # a file stands where the folder should
+            continue
+
+    def read():
+        (name,) = list_categories(tmp_path / "data")
+        category = load_category(tmp_path / "data", name)
+        load_ground_truth(category.test, (8, 8), "half")
+        for _ in read_batches([*category.train, *(image.path for image in category.test)], 2, (8, 8)):
+            pass
+
+    attempt(read)
+
+
+# ---- uploads
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(
+        create_app({"bottle": served()}, Limits(pixels=1_000_000)), raise_server_exceptions=False
+    ) as client:
+        yield client
+
+
+def assert_answered(answer):
+    assert answer.status_code < 500, answer.text
+    assert answer.status_code == 200 or answer.json()["detail"]
+
+
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n%s\r\n'
+    b'--x\r\nContent-Disposition: form-data; name="map"\r\n\r\ntrue\r\n--x--\r\n'
+)
+KINDS = ["multipart/form-data; boundary=x", "multipart/form-data", "application/json", "text/plain", "é", ""]
+
+
+@bounded
+@given(body=damaged(FILES.map(lambda file: FORM % file)), kind=st.sampled_from(KINDS[:1] * 6 + KINDS))
+def test_a_form_of_any_bytes(client, body, kind):
+    assert_answered(client.post(PREDICT, content=body, headers={"Content-Type": kind.encode()}))
+
+
+@bounded
+@given(file=FILES, data=st.data())
+def test_json_of_any_content(client, file, data):
+    body = {"image": base64.b64encode(file).decode(), "map": True, "image_threshold": 0.5}
+    text = json.dumps(changed(data.draw, body), default=str)
+    body = data.draw(st.just(text.encode()) | damaged(text.encode()))
+    assert_answered(client.post(PREDICT, content=body, headers={"Content-Type": "application/json"}))

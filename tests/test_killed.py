@@ -1,0 +1,318 @@
+"""Nothing is lost: kill -9 at random moments, two trainings in one folder, a full disk."""
+
+import contextlib
+import csv
+import json
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.cli import UserError
+from deploy.imaging import read_rgb
+from deploy.infer import read_description
+from tests.killing import start
+from utils.checkpoint import load_checkpoint
+from utils.history import EpochRow, best_row
+from utils.log import make_logger
+from utils.thresholds import load_thresholds
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ["--data", str(ROOT / "lite_data"), "-cat", "bottle", "--exp_dir", "exp"]
+# What chooses the best epoch: the test set; the last one, with a moving average and held-out pictures.
+BY_TEST_SET = ["-cfg", str(ROOT / "configs/resnet18.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
+STABLE = ["-cfg", str(ROOT / "configs/resnet18_stable.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
+TRAIN = ["-o", "pretrained=offline", "--batch_size", "12", *DATA]
+CHECKPOINTS = ("best.pdparams", "last.pdparams")
+FOLDER = Path("results/exp/bottle")
+
+
+def finish(folder, module, *options, **hazards):
+    """Run a command to its end; return its exit code and what it has said."""
+    process = start(module, [str(option) for option in options], folder, **hazards)
+    process.join(200)
+    return process.exitcode, (folder / f"output-{process.pid}.txt").read_text()
+
+
+def kill_after(seconds, folder, module, *options):
+    """Start a command and kill it after a while; whether it was still at work."""
+    process = start(module, [str(option) for option in options], folder)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode != 0
+
+
+def table(folder):
+    """The rows of history.csv, as the dictionaries that checkpoints hold."""
+    with open(folder / FOLDER / "history.csv", newline="") as file:
+        return [{key: float(text) if text else None for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def assert_begins(whole, history):
+    """The history is that of an uninterrupted training up to some epoch; only the seconds may differ."""
+    assert len(history) <= len(whole)
+    for row, expected in zip(history, whole, strict=False):
+        for key in set(expected) - {"seconds"}:
+            assert (row[key] is None) == (expected[key] is None), key
+            if row[key] is not None:
+                assert row[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
+def unfinished(folder):
+    """Files that a killed process has left."""
+    return [path for path in folder.rglob(".*") if path.name != ".lock"]
+
+
+def assert_usable(folder, whole, mixed=False):
+    """What a killed training has left can be read, and belongs together; `mixed`: it was written over an older one."""
+    folder = folder / FOLDER
+    if not (folder / "last.pdparams").exists():
+        return
+    last = load_checkpoint(folder / "last.pdparams")
+    assert_begins(whole, last["history"])
+    assert len(last["history"]) == last["epoch"]
+    history = [EpochRow(**row) for row in last["history"]]
+    if (folder / "best.pdparams").exists():
+        best = load_checkpoint(folder / "best.pdparams")
+        assert mixed or assert_begins(whole, best["history"]) is None
+        assert best["epoch"] == best_row(history).epoch or best_row(history) is history[-1]
+    else:
+        assert best_row(history) is history[-1]
+    if (folder / "history.csv").exists() and not mixed:
+        assert_begins(whole, table(folder.parents[2]))
+    targets = (*CHECKPOINTS, "history.csv", "config.yaml", "curves.png")
+    assert {path.name for path in unfinished(folder)} <= {f".{name.replace('.', '.part.')}" for name in targets}
+
+
+def assert_same_training(one, other):
+    """Checkpoints and history are alike in all but the seconds."""
+    assert len(table(one)) == len(table(other))
+    assert_begins(table(one), table(other))
+    for name in CHECKPOINTS:
+        expected, actual = (load_checkpoint(folder / FOLDER / name) for folder in (one, other))
+        assert actual["epoch"] == expected["epoch"], name
+        for part in ("model_state_dict", "optimizer_state_dict"):
+            assert actual[part].keys() == expected[part].keys()
+            for key, value in expected[part].items():
+                np.testing.assert_allclose(actual[part][key], value, rtol=1e-5, atol=1e-7, err_msg=f"{name} {key}")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Uninterrupted trainings by their options: the folder and the seconds that the start and an epoch take."""
+    known = {}
+    finish(tmp_path_factory.mktemp("help"), "train", "--help")  # starts the server that forks
+
+    def train(options):
+        key = " ".join(options)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            begun = time.perf_counter()
+            code, output = finish(folder, "train", *options, *TRAIN)
+            seconds = time.perf_counter() - begun
+            assert code == 0, output
+            spent = [row["seconds"] for row in table(folder)]
+            known[key] = folder, seconds - sum(spent), statistics.median(spent)
+        return known[key]
+
+    return train
+
+
+PATIENT = [*BY_TEST_SET, "--epochs", "16", "-o", "patience=5", "-o", "lr=0.02"]
+TRAININGS = {"test_auroc": (PATIENT, 20), "moving average": ([*STABLE, "--epochs", "10"], 15)}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_path, trained, name):
+    options, kills = TRAININGS[name]
+    whole, to_start, an_epoch = trained(options)
+    expected = table(whole)
+    chance = random.Random(name)
+    killed = 0
+    last = tmp_path / FOLDER / "last.pdparams"
+    while killed < kills:
+        resume = ["--resume"] if last.exists() and load_checkpoint(last)["epoch"] < len(expected) else []
+        seconds = chance.uniform(0, to_start + 2 * an_epoch)
+        killed += kill_after(seconds, tmp_path, "train", *options, *TRAIN, *resume)
+        assert_usable(tmp_path, expected)
+    code, output = finish(tmp_path, "train", *options, *TRAIN, *(["--resume"] if last.exists() else []))
+    assert code == 0, output
+    assert_same_training(whole, tmp_path)
+    assert not unfinished(tmp_path)
+
+
+@pytest.mark.parametrize("renames", [1, 2, 3, 4, 5])
+def test_a_training_that_is_killed_between_two_files_over_an_older_one_goes_on(tmp_path, trained, renames):
+    """The older one has other losses; nothing of it may be mixed into the new one."""
+    options = [*BY_TEST_SET, "--epochs", "2"]
+    whole, _, _ = trained(options)
+    older, _, _ = trained([*options, "-o", "seed=1"])
+    shutil.copytree(older / "results", tmp_path / "results")
+    code, output = finish(tmp_path, "train", *options, *TRAIN, kill_at_rename=renames)
+    assert code == -signal.SIGKILL, output
+    assert_usable(tmp_path, table(older) if renames == 1 else table(whole), mixed=True)
+    # Before its first file has its name there is nothing to go on from but the older one.
+    resume = [] if renames == 1 else ["--resume"]
+    code, output = finish(tmp_path, "train", *options, *TRAIN, *resume)
+    assert code == 0, output
+    assert_same_training(whole, tmp_path)
+
+
+def test_an_evaluation_that_is_killed_again_and_again_comes_to_the_same_end(tmp_path, trained):
+    whole, _, _ = trained(PATIENT)
+    shutil.copytree(whole / "results", tmp_path / "results")
+    before = {name: (tmp_path / FOLDER / name).read_bytes() for name in (*CHECKPOINTS, "history.csv")}
+    command = [*BY_TEST_SET, *DATA, "--save_maps"]
+    begun = time.perf_counter()
+    assert finish(whole, "eval", *command)[0] == 0
+    seconds = time.perf_counter() - begun
+    chance, killed = random.Random("evaluation"), 0
+    while killed < 8:
+        killed += kill_after(chance.uniform(seconds / 4, seconds), tmp_path, "eval", *command)
+        load_thresholds(tmp_path / FOLDER / "best.pdparams")
+        for path in tmp_path.rglob("*.json"):
+            json.loads(path.read_text())
+        for path in tmp_path.rglob("[!.]*.npz"):
+            np.load(path)["smoothed"]
+        for path in (*tmp_path.rglob("[!.]*.png"), *tmp_path.rglob("[!.]*.jpg")):
+            read_rgb(path)
+    code, output = finish(tmp_path, "eval", *command)
+    assert code == 0, output
+    assert (tmp_path / "results/exp/eval.json").read_text() == (whole / "results/exp/eval.json").read_text()
+    assert {name: (tmp_path / FOLDER / name).read_bytes() for name in before} == before
+    assert not unfinished(tmp_path)
+
+
+def test_an_export_that_is_killed_again_and_again_comes_to_the_same_end(tmp_path, trained):
+    whole, _, _ = trained(PATIENT)
+    shutil.copytree(whole / "results", tmp_path / "results")
+    best = (tmp_path / FOLDER / "best.pdparams").read_bytes()
+    command = [*BY_TEST_SET, "-cat", "bottle", "--exp_dir", "exp"]
+    begun = time.perf_counter()
+    assert finish(whole, "deploy.export_model", *command)[0] == 0
+    seconds = time.perf_counter() - begun
+    expected = read_description(whole / "results/inference")
+    chance, killed = random.Random("export"), 0
+    while killed < 7:
+        killed += kill_after(chance.uniform(seconds / 4, seconds), tmp_path, "deploy.export_model", *command)
+        with contextlib.suppress(UserError):  # says that files are missing or do not belong together
+            assert read_description(tmp_path / "results/inference") == expected
+    code, output = finish(tmp_path, "deploy.export_model", *command)
+    assert code == 0, output
+    assert read_description(tmp_path / "results/inference") == expected
+    assert (tmp_path / FOLDER / "best.pdparams").read_bytes() == best
+    assert not unfinished(tmp_path)
+
+
+# ---- two in one folder
+
+
+def test_a_second_training_into_the_same_folder_says_so_and_stops(tmp_path):
+    options = [*BY_TEST_SET, "--epochs", "500", *TRAIN]
+    first = start("train", options, tmp_path)
+    try:
+        while not (tmp_path / FOLDER / "history.csv").exists():
+            assert first.is_alive()
+            time.sleep(0.1)
+        code, output = finish(tmp_path, "train", *options, "--resume")
+        assert code == 2
+        assert re.fullmatch(rf"error: {FOLDER}: process {first.pid} on \S+ is at work there; .*\n", output)
+        code, output = finish(tmp_path, "eval", *BY_TEST_SET, *DATA)
+        assert code == 0, output
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    epochs = len(table(tmp_path)) + 1
+    code, output = finish(tmp_path, "train", *BY_TEST_SET, "--epochs", epochs, *TRAIN, "--resume")
+    assert code == 0, output
+    assert len(table(tmp_path)) == epochs
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    hold = f"from pathlib import Path; from deploy.files import hold_folder; hold_folder(Path({str(tmp_path)!r}))"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", hold], cwd=ROOT, check=True)
+        assert not list(tmp_path.iterdir())
+
+
+# ---- a full disk
+
+
+@pytest.fixture(params=["size of a file", "small disk"])
+def full_disk(request, tmp_path, trained):
+    """A folder with a training of one epoch on a disk with room for it, but not for a third checkpoint; its limit."""
+    whole, _, _ = trained([*BY_TEST_SET, "--epochs", "1"])
+    size = (whole / FOLDER / "last.pdparams").stat().st_size
+    if request.param == "size of a file":
+        shutil.copytree(whole / "results", tmp_path / "results")
+        yield tmp_path, size // 2
+        return
+    (tmp_path / "results").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={2 * size + size // 2}", "tmpfs", tmp_path / "results"]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        shutil.copytree(whole / "results", tmp_path / "results", dirs_exist_ok=True)
+        yield tmp_path, 0
+    finally:
+        subprocess.run(["umount", tmp_path / "results"], check=True)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_files_before(full_disk):
+    folder, largest_file = full_disk
+    before = {
+        path.name: path.read_bytes()
+        for path in (folder / FOLDER).iterdir()
+        if path.suffix != ".log" and path.name != ".lock"
+    }
+    code, output = finish(folder, "train", *BY_TEST_SET, "--epochs", "3", *TRAIN, "--resume", largest_file=largest_file)
+    assert code == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert output.endswith(errors[0] + "\n") and "Traceback" not in output
+    assert re.fullmatch(r"error: \S+: cannot be written \((No space left on device|File too large)\)", errors[0])
+    assert {name: (folder / FOLDER / name).read_bytes() for name in before} == before
+    assert not unfinished(folder)
+    assert load_checkpoint(folder / FOLDER / "last.pdparams")["epoch"] == 1
+
+
+def run_onto_full_disk(code):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+
+
+def test_output_onto_a_full_disk_is_one_line():
+    done = run_onto_full_disk("from deploy.cli import run_main; run_main(lambda: print('line'))")
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written (No space left on device); make room on its disk\n"
+
+
+def test_a_training_goes_on_where_its_output_cannot_be_written(tmp_path):
+    log = f"log = make_logger(Path({str(tmp_path / 'log')!r}), silent=False)"
+    imports = "from pathlib import Path; from utils.log import make_logger"
+    done = run_onto_full_disk(f"{imports}; {log}; log.info('line'); log.info('another')")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "log").read_text() == "line\nanother\n"
+
+
+def test_a_name_too_long_for_any_file_is_one_line(tmp_path):
+    code, output = finish(tmp_path, "train", *BY_TEST_SET, "--data", tmp_path, "-cat", "x" * 300)
+    assert code == 2
+    assert re.fullmatch(r"error: \S*xxx: File name too long\n", output)
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    logger = make_logger(tmp_path / "train.log", silent=False)
+    with pytest.raises(UserError, match=r"train\.log: cannot be written .*No space"):
+        logger.info("line")
