@@ -102,7 +102,8 @@ class PaddleModel:
         if self.device == "gpu":
             self._configure_gpu(inference, config, options)
         else:
-            self._configure_cpu(config, options)
+            # With the older form of the program oneDNN was not tried.
+            self._configure_cpu(config, options, options.use_mkldnn and program != OLD_PROGRAM)
         try:
             self._predictor = inference.create_predictor(config)
         except Exception as error:  # Paddle raises its own kinds
@@ -118,14 +119,18 @@ class PaddleModel:
                 raise UserError(f"--use_tensorrt True: {self.version} was built without TensorRT")
             config.enable_tensorrt_engine(max_batch_size=options.max_batch_size, precision_mode=kind)
 
-    def _configure_cpu(self, config: Any, options: Options) -> None:
-        if options.precision != "fp32":
-            raise UserError(f"--precision {options.precision}: {self.version} has only fp32 on the CPU")
+    def _configure_cpu(self, config: Any, options: Options, onednn: bool) -> None:
+        if options.precision == "bf16" and not (onednn and "avx512_bf16" in runtime.cpu_flags()):
+            raise UserError("--precision bf16: Paddle has it on a CPU with avx512_bf16 only, with --use_mkldnn True")
+        if options.precision not in ("fp32", "bf16"):
+            raise UserError(f"--precision {options.precision}: {self.version} has fp32 and bf16 on the CPU")
         config.disable_gpu()
-        if options.use_mkldnn:
+        if onednn:
             config.enable_mkldnn()
         else:
             config.disable_mkldnn()
+        if options.precision == "bf16":
+            config.enable_mkldnn_bfloat16()
         config.set_cpu_math_library_num_threads(options.threads)
 
     def run(self, images: Any) -> list[Any]:

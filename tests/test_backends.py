@@ -305,7 +305,8 @@ def test_the_benchmark_report(exported):
     ("backend", "options", "message"),
     [
         ("paddle", Options(precision="int8"), "--precision int8"),
-        ("paddle", Options(precision="bf16"), "--precision bf16"),
+        ("paddle", Options(precision="bf16", use_mkldnn=False), "--precision bf16"),
+        ("paddle", Options(precision="fp16"), "--precision fp16"),
         ("paddle", Options(use_tensorrt=True), "--use_tensorrt True"),
         ("openvino", Options(use_tensorrt=True), "--use_tensorrt True"),
         ("onnxruntime", Options(precision="fp16"), "--precision fp16"),
@@ -349,6 +350,18 @@ def test_openvino_in_half_precision_where_the_cpu_has_it(model, exported, precis
     images = batch(3)
     scores = load_exported(exported / "model", "openvino", options).run(images)[2]
     np.testing.assert_allclose(scores, expected(model, images)[2], atol=0.05)
+
+
+def test_paddle_in_bf16_where_the_cpu_has_it(model, exported):
+    options = Options(threads=1, precision="bf16")
+    if "avx512_bf16" not in backends.runtime.cpu_flags():
+        with pytest.raises(UserError, match="--precision bf16"):
+            load_exported(exported / "model", "paddle", options)
+        return
+    images = batch(3)
+    scores = load_exported(exported / "model", "paddle", options).run(images)[2]
+    np.testing.assert_allclose(scores, expected(model, images)[2], atol=0.05)
+    assert abs(scores - expected(model, images)[2]).max() > 1e-5, "it computed in float32"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
