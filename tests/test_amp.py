@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -20,6 +21,8 @@ from utils import distributed, loss_scale, training
 from utils.checkpoint import load_checkpoint
 from utils.loss_scale import LossScale
 from utils.training import build_optimizer, mixed_precision, training_step
+
+ROOT = Path(__file__).resolve().parent.parent
 
 REASON = onednn.bfloat16_unavailable()
 needs_bfloat16 = pytest.mark.skipif(REASON is not None, reason=f"no bfloat16: {REASON}")
@@ -189,18 +192,21 @@ def test_an_infinite_gradient_of_any_process_changes_nothing_but_the_scale(small
 def test_the_scale_rises_and_is_resumed_from_the_checkpoint(auto_cast, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "mixed_precision", lambda: ("float16", "float16"))
     monkeypatch.setattr(loss_scale, "RISE_AFTER", 3)
-    options = "train.py -cfg configs/resnet18.yaml --data lite_data -cat bottle --amp --batch_size 12".split()
-    options += [*"-o input_size=64 -o flow_step=1 -o pretrained=offline --exp_dir".split(), str(tmp_path)]
+    monkeypatch.setattr(train, "hold_folder", lambda folder: None)  # which a process does once
+    monkeypatch.chdir(tmp_path)
+    options = f"train.py -cfg {ROOT}/configs/resnet18.yaml --data {ROOT}/lite_data -cat bottle --amp --batch_size 12"
+    options = [*options.split(), *"-o input_size=64 -o flow_step=1 -o pretrained=offline --exp_dir exp".split()]
+    folder = tmp_path / "results/exp/bottle"
     checkpoints = []
     for more in (["--epochs", "1"], ["--epochs", "2", "--resume"]):
         monkeypatch.setattr(sys, "argv", [*options, *more])
         with paddle.utils.unique_name.guard():  # as in a process of its own
             train.main()
-        checkpoints.append(load_checkpoint(tmp_path / "bottle/last.pdparams"))
+        checkpoints.append(load_checkpoint(folder / "last.pdparams"))
     expected = [{"scale": 2.0**16, "good_steps": 2}, {"scale": 2.0**17, "good_steps": 1}]
     assert [checkpoint["loss_scale"] for checkpoint in checkpoints] == expected
     assert all(checkpoint["config"]["amp"] for checkpoint in checkpoints)
-    assert "mixed precision: the flows' convolutions compute in float16" in (tmp_path / "bottle/train.log").read_text()
+    assert "mixed precision: the flows' convolutions compute in float16" in (folder / "train.log").read_text()
 
 
 @pytest.mark.parametrize("state", [None, {}, {"scale": "x", "good_steps": 0}])
