@@ -61,7 +61,7 @@ def load_exported(folder: Path, backend: str = "paddle", options: Options | None
     """
     options = options or Options()
     if options.precision == "int8":
-        raise UserError("--precision int8: the exported model holds no quantised weights; use fp32, fp16 or bf16")
+        raise UserError("--precision int8: not offered, it would cost accuracy (README 8.1); use fp32, fp16 or bf16")
     if options.use_tensorrt and backend != "paddle":
         raise UserError(f"--use_tensorrt True: goes with --backend paddle, not {backend}")
     classes: dict[str, Callable[[Path, Options], Backend]] = {

@@ -294,6 +294,16 @@ step() {
     fi
 }
 
+# inference_words TEXT: start the array cmd with an inference of the chain's model, with the options of
+# lines 28 to 31.
+inference_words() {
+    command_words "$1"
+    add_option "$(line_key 28)" "$(mode_value 28)"
+    add_option "$(line_key 29)" "$(mode_value 29)"
+    add_option "$(line_key 30)" "$model_folder"
+    add_option "$(line_key 31)" "$(path_value 31)"
+}
+
 # infer_and_compare RESULTS: line 36's inference once for each of line 37's sets of options; then line
 # 38's check that the first gives what each other one gives. RESULTS is where they go: RESULTS_1.jsonl
 # and so on. One set of options only: no check.
@@ -302,11 +312,7 @@ infer_and_compare() {
     local -a list runs
     split_list "$(line_value 37)"; runs=("${list[@]}")
     for i in "${!runs[@]}"; do
-        command_words "$(line_value 36) ${runs[i]}"
-        add_option "$(line_key 28)" "$(mode_value 28)"
-        add_option "$(line_key 29)" "$(mode_value 29)"
-        add_option "$(line_key 30)" "$model_folder"
-        add_option "$(line_key 31)" "$(path_value 31)"
+        inference_words "$(line_value 36) ${runs[i]}"
         cmd+=("--save_json=$1_$((i + 1)).jsonl")
         step "inference"
     done

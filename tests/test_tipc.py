@@ -90,7 +90,7 @@ MORE_LINES = {
 }
 LINES_OF = {
     PADDLE2ONNX: {**MORE_LINES, 35: "onnx_checker:checker.py"},
-    PTQ: {**MORE_LINES, 35: "quantize:quantize.py -cat bottle"},
+    PTQ: {**MORE_LINES, 35: "inference:infer.py --int8", 36: "refusal:infer.py went"},
     SERVING: {
         **MORE_LINES,
         35: "serving:serve.py --port 0",
@@ -531,27 +531,36 @@ def test_a_training_that_did_not_do_what_the_config_is_about(repository):
 # ---- chains that go on after the 32 lines
 
 
-def test_paddle2onnx_and_ptq(repository):
-    for script, name, first in (
-        (PADDLE2ONNX, "paddle2onnx", "checker.py ./inference/inference.onnx"),
-        (PTQ, "ptq", "quantize.py -cat bottle --data=./little --model_dir=./inference"),
+def test_paddle2onnx(repository):
+    repository.config(LINES_OF[PADDLE2ONNX])
+    done = repository.run(script=PADDLE2ONNX)
+    assert done.returncode == 0, done.stdout + done.stderr
+    to = f"test_tipc/output/toy/{LITE}/paddle2onnx"
+    infer = "--use_gpu=False --batch_size=1 --model_dir=./inference --image=good.png --save_json="
+    expected = [
+        "checker.py ./inference/inference.onnx",
+        f"infer.py --backend a {infer}{to}_1.jsonl",
+        f"infer.py --backend b --precision c {infer}{to}_2.jsonl",
+        f"check.py --tolerance 1e-4 {to}_1.jsonl {to}_2.jsonl",
+    ]
+    assert [command.split()[0] for command in repository.commands()[:3]] == ["train.py", "eval.py", "export.py"]
+    assert repository.commands()[3:] == expected
+    succeeded = [f"Run successfully with command - fakepython {command}!" for command in expected]
+    assert repository.results(name="paddle2onnx") == succeeded
+    assert len(repository.results()) == 3
+
+
+def test_ptq(repository):
+    command = "infer.py --int8 --use_gpu=False --batch_size=1 --model_dir=./inference --image=good.png"
+    for refusal, failing, code, status in (
+        ("infer.py went", "", 0, "Run successfully with"),
+        ("infer.py went", "infer.py", 3, "Not tested (infer.py went wrong) with"),
+        ("no such words", "infer.py", 1, "Run failed with"),
     ):
-        repository.config(LINES_OF[script])
-        done = repository.run(script=script)
-        assert done.returncode == 0, done.stdout + done.stderr
-        to = f"test_tipc/output/toy/{LITE}/{name}"
-        infer = "--use_gpu=False --batch_size=1 --model_dir=./inference --image=good.png --save_json="
-        expected = [
-            first,
-            f"infer.py --backend a {infer}{to}_1.jsonl",
-            f"infer.py --backend b --precision c {infer}{to}_2.jsonl",
-            f"check.py --tolerance 1e-4 {to}_1.jsonl {to}_2.jsonl",
-        ]
-        assert [command.split()[0] for command in repository.commands()[:3]] == ["train.py", "eval.py", "export.py"]
-        assert repository.commands()[3:] == expected
-        succeeded = [f"Run successfully with command - fakepython {command}!" for command in expected]
-        assert repository.results(name=name) == succeeded
-        assert len(repository.results()) == 3
+        repository.config({**LINES_OF[PTQ], 36: f"refusal:{refusal}"})
+        done = repository.run(script=PTQ, FAIL=failing)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert repository.results(name="ptq") == [f"{status} command - fakepython {command}!"]
 
 
 def test_the_data_variable_and_the_folders_of_another_mode(repository, tmp_path):
@@ -596,18 +605,17 @@ def test_failures_of_serving(repository, environment, expected):
 
 
 @pytest.mark.parametrize(
-    "script, failing, expected",
+    "failing, expected",
     [
-        (PADDLE2ONNX, "checker.py", ["failed", "skipped", "skipped", "skipped"]),
-        (PTQ, "quantize.py", ["failed", "skipped", "skipped", "skipped"]),
-        (PTQ, "b", ["ok", "ok", "failed", "skipped"]),
-        (PADDLE2ONNX, "check.py", ["ok", "ok", "ok", "failed"]),
+        ("checker.py", ["failed", "skipped", "skipped", "skipped"]),
+        ("b", ["ok", "ok", "failed", "skipped"]),
+        ("check.py", ["ok", "ok", "ok", "failed"]),
     ],
 )
-def test_failures_of_paddle2onnx_and_ptq(repository, script, failing, expected):
-    repository.config(LINES_OF[script])
-    assert repository.run(script=script, FAIL=failing).returncode == 1
-    assert states(repository.results(name="ptq" if script == PTQ else "paddle2onnx")) == expected
+def test_failures_of_paddle2onnx(repository, failing, expected):
+    repository.config(LINES_OF[PADDLE2ONNX])
+    assert repository.run(script=PADDLE2ONNX, FAIL=failing).returncode == 1
+    assert states(repository.results(name="paddle2onnx")) == expected
 
 
 @pytest.mark.parametrize(
@@ -637,7 +645,7 @@ def test_one_command_for_each_chain(repository):
         ("train_amp_infer_python", 3, "deploy/infer.py", " --amp "),
         ("train_fleet_infer_python", 3, "deploy/infer.py", "--nproc_per_node=2 --backend=gloo train.py"),
         ("paddle2onnx_infer_python", 0, "test_tipc/check_results.py", "--backend onnxruntime"),
-        ("train_ptq_infer_python", 0, "test_tipc/check_results.py", "--precision int8"),
+        ("train_ptq_infer_python", 0, "deploy/infer.py", "--precision int8"),
     ):
         done = repository.run(script="test_tipc/run.sh", arguments=[chain], python=str(repository.python))
         assert done.returncode == code, (chain, done.stdout + done.stderr)  # 3: the fake says nothing of 16 bits
@@ -766,13 +774,10 @@ def test_serving_for_real(tmp_path, exported):
     assert "26 pictures agree" in done.stdout and "Run successfully with command - " in done.stdout
 
 
-@pytest.mark.skipif(
-    find_spec("deploy.quantize") is None or find_spec("nncf") is None, reason="needs deploy/quantize.py and nncf"
-)
 def test_ptq_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_ptq_infer_python", "whole_infer", {})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "26 pictures agree" in done.stdout
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "but not all was tested:\n- error: --precision int8: not offered" in done.stdout
 
 
 TRAINING_ONLY = {6: "--epochs:1", 22: "norm_export:null", 27: "inference:null"}
