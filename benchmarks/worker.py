@@ -29,7 +29,7 @@ def make(kind: str, arguments: list[str]) -> Any:
         from deploy.backends import set_up
 
         folder, backend, precision, threads = arguments
-        chosen_threads = set_up(backend, int(threads), False)
+        chosen_threads = set_up(backend, int(threads))
         from benchmarks.contenders.exported import Exported
 
         return Exported(folder, backend, precision, chosen_threads)

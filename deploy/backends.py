@@ -225,17 +225,21 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_for(args: argparse.Namespace) -> Options:
-    """What `add_runtime`'s options and `--max_batch_size` ask for. Call it before the runtime is imported.
-
-    Paddle's environment is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
-    """
-    if args.cpu_threads:
-        os.environ["OMP_NUM_THREADS"] = str(args.cpu_threads)
-    if args.backend == "paddle":
-        threads = int(runtime.setup(args.verbose)["OMP_NUM_THREADS"])
-    else:
-        threads = int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+    """What `add_runtime`'s options and `--max_batch_size` ask for. Call it before the runtime is imported."""
+    threads = set_up(args.backend, args.cpu_threads, args.verbose)
     return Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
+
+
+def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
+    """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
+
+    Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
+    """
+    if cpu_threads:
+        os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
+    if backend == "paddle":
+        return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
+    return int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
 
 
 def _wrong_size(images: Any) -> UserError:

@@ -209,7 +209,7 @@ def test_the_scale_rises_and_is_resumed_from_the_checkpoint(auto_cast, monkeypat
     assert "mixed precision: the flows' convolutions compute in float16" in (folder / "train.log").read_text()
 
 
-@pytest.mark.parametrize("state", [None, {}, {"scale": "x", "good_steps": 0}])
+@pytest.mark.parametrize("state", [None, {}, {"scale": "x", "good_steps": 0}, {"scale": float("nan"), "good_steps": 0}])
 def test_a_damaged_scale_is_refused(state):
     with pytest.raises(UserError, match=r"last\.pdparams: its loss scale"):
         LossScale().resume(state, "last.pdparams")

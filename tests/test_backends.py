@@ -1,6 +1,5 @@
 """The exported model: the same answer as the trained one, in every runtime."""
 
-import argparse
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 from deploy import backends
-from deploy.backends import FILES, OLD_PROGRAM, Options, add_runtime, asked_for, load_exported, model_files
+from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, set_up
 from deploy.cli import UserError
 from deploy.imaging import label, list_images, preprocess, read_rgb
 from models.fastflow import FastFlow, per_location_score
@@ -377,16 +376,9 @@ def test_the_service_answers_as_infer_does(exported, backend):
 
 
 def test_the_number_of_threads(monkeypatch):
-    def threads(*options):
-        parser = argparse.ArgumentParser()
-        add_runtime(parser)
-        args = parser.parse_args(["--backend", "openvino", *options])
-        args.verbose, args.max_batch_size = False, 1
-        return asked_for(args).threads
-
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert threads() == 5
-    assert threads("--cpu_threads", "3") == 3
+    assert set_up("openvino", None) == 5
+    assert set_up("openvino", 3) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(backends.runtime, "available_cores", lambda: 7)
-    assert threads() == 7
+    assert set_up("onnxruntime", None) == 7

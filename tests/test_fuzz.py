@@ -30,6 +30,7 @@ from utils.averaging import WeightAverage
 from utils.checkpoint import load_checkpoint, load_for_resume, published_state
 from utils.config import load_config
 from utils.history import best_row
+from utils.loss_scale import LossScale
 from utils.results import describe_backbone
 from utils.thresholds import load_thresholds
 from utils.training import build_optimizer, training_step
@@ -106,6 +107,7 @@ def training(config):
         "history": [row | {"val_loss": None}],
         "held_out": [],
         "average": average.state(),
+        "loss_scale": LossScale().state(),
     }
     return model, optimizer, average, config, content
 
@@ -128,7 +130,7 @@ def test_a_checkpoint_of_any_content(tmp_path, training, data):
     content = changed(data.draw, content)
     path = tmp_path / "last.pdparams"
     path.write_bytes(pickle.dumps(content, protocol=4))
-    checkpoint = attempt(load_for_resume, model, optimizer, average, config, [], path)
+    checkpoint = attempt(load_for_resume, model, optimizer, average, LossScale(), config, [], path)
     if checkpoint:  # what train.py does with it next
         assert best_row(checkpoint["history"]).epoch == checkpoint["epoch"]
         describe_backbone(checkpoint["backbone"])

@@ -1,5 +1,6 @@
 """Loss scaling for float16, whose smallest number is too large for many gradients."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,9 @@ class LossScale:
             UserError: it is none.
         """
         try:
-            self._scale, self._good_steps = float(state["scale"]), int(state["good_steps"])
-        except (KeyError, TypeError, ValueError) as error:
+            scale, self._good_steps = float(state["scale"]), int(state["good_steps"])
+            if not 0 < scale < math.inf:
+                raise ValueError(scale)
+            self._scale = scale
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}: its loss scale is damaged ({error!r}); train again") from error
