@@ -26,7 +26,7 @@ LITE = "lite_train_lite_infer"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC scripts need bash")
 
 FAKE_PYTHON = f"""#!{sys.executable}
-import json, os, signal, sys
+import json, os, signal, sys, time
 words = sys.argv[1:]
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), words]), file=calls)
@@ -38,7 +38,8 @@ for name in os.environ.get("FAIL", "").split():
 if "serve.py" in words:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("END", "0"))))
     print("serving toy at http://127.0.0.1:1", flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.05)
 """
 
 LINES = {
