@@ -30,7 +30,9 @@ address=
 if [[ -z $step_failed ]]; then
     printf '\n$ %s &\n' "$(shown "${serving[@]}")" | tee -a "$log"
     # Whatever goes wrong here, the service ends: after 10 minutes, or 60 seconds after it was asked to.
-    timeout --kill-after=60 600 "${serving[@]}" </dev/null >"$serving_log" 2>&1 &
+    # --foreground: else timeout signals its whole process group as well, and the service gets SIGTERM twice, the
+    # second time perhaps when it has stopped listening to it (exit code 143).
+    timeout --foreground --kill-after=60 600 "${serving[@]}" </dev/null >"$serving_log" 2>&1 &
     service=$!
     trap 'kill "$service" 2>/dev/null' EXIT
     while [[ -z $address ]] && kill -0 "$service" 2>/dev/null; do
