@@ -1,6 +1,7 @@
 """Benchmark: python -m benchmarks [--quick] [--anomalib_python FILE]"""
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -8,7 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from benchmarks.report import (
     summary,
 )
 from deploy import runtime
-from deploy.cli import ArgumentParser, positive_int, run_main
+from deploy.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.files import write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
@@ -65,11 +66,13 @@ def main() -> None:
     plan = QUICK if args.quick else FULL
     threads = args.threads or runtime.available_cores()
     contenders = make_contenders(args.threads, threads)
-    python, left_out = find_anomalib(args.anomalib_python)
+    python, no_anomalib = find_anomalib(args.anomalib_python)
     if python:
         contenders |= anomalib_contenders(python, threads)
-    else:
-        note(left_out)
+    runtimes, no_precision = find_runtimes() if "inference" in args.only else ({}, None)
+    left_out = [reason for reason in (no_anomalib, no_precision) if reason]
+    for reason in left_out:
+        note(reason)
     if os.environ.get(WEIGHTS):
         os.environ[WEIGHTS] = str(Path(os.environ[WEIGHTS]).absolute())
     results: dict[str, Any] = {
@@ -92,7 +95,8 @@ def main() -> None:
         results["weights"] = "those of " + Path(os.environ[WEIGHTS]).name if os.environ.get(WEIGHTS) else "random"
 
         figures: list[Figure] = []
-        for figure in measured(args.only, contenders, plan, data, folder, threads, python, results):
+        exported = functools.partial(inference_contenders, runtimes=runtimes, threads=threads, python=python)
+        for figure in measured(args.only, contenders, plan, data, folder, threads, exported, results):
             figures.append(figure)
             medians = ", ".join(f"{name} {number(figure.median(name), figure.unit)}" for name in figure.samples)
             note(f"{figure.group}: {figure.title}: {medians}")
@@ -116,12 +120,12 @@ def measured(
     data: Path,
     folder: Path,
     threads: int,
-    python: str | None,
+    exported_contenders: Callable[[Path], dict[tuple[str, str], Contender]],
     results: dict[str, Any],
 ) -> Iterator[Figure]:
     """All figures of the sections; what the contenders say of themselves goes into `results`.
 
-    `python` has anomalib, None: nothing has.
+    `exported_contenders` makes those of the exported model in a folder.
     """
     with started(contenders) as workers:
         results["contenders"] = {
@@ -139,7 +143,7 @@ def measured(
             yield from measure.sizes(workers, plan)
         exported = measure.export(workers[OURS], folder) if "inference" in sections else None
     if exported:
-        yield from measure.inference(inference_contenders(exported, threads, python), plan)
+        yield from measure.inference(exported_contenders(exported), plan)
     if "epochs" in sections:
         yield from measure.epochs(contenders, plan, data, "bottle")
     if "threads" in sections:
@@ -198,11 +202,16 @@ def anomalib_contenders(python: str, threads: int) -> dict[str, Contender]:
     return {contender.name: contender for contender in chosen}
 
 
-def inference_contenders(exported: Path, threads: int, python: str | None) -> dict[tuple[str, str], Contender]:
-    """Our exported model in each runtime, anomalib's in PyTorch and in OpenVINO, by runtime and whose it is."""
+def inference_contenders(
+    exported: Path, runtimes: dict[str, tuple[str, str]], threads: int, python: str | None
+) -> dict[tuple[str, str], Contender]:
+    """Our exported model in each runtime, anomalib's in PyTorch and in OpenVINO, by runtime and whose it is.
+
+    `runtimes` are some of `RUNTIMES`; `python` has anomalib, None: nothing has.
+    """
     environment = {"OMP_NUM_THREADS": str(threads)}
     chosen = {}
-    for runtime_name, (backend, precision) in RUNTIMES.items():
+    for runtime_name, (backend, precision) in runtimes.items():
         arguments = ("exported", str(exported), backend, precision, str(threads))
         chosen[runtime_name, OURS] = Contender(OURS, f"ours in {runtime_name}", arguments)
         for name, ratio in ((ANOMALIB, "1.06"), (ANOMALIB_NARROW, "1.0")) if python else ():
@@ -214,6 +223,29 @@ def inference_contenders(exported: Path, threads: int, python: str | None) -> di
                 description = f"{name} in {runtime_name}"
                 chosen[runtime_name, name] = Contender(name, description, theirs[backend], environment, python)
     return chosen
+
+
+def find_runtimes() -> tuple[dict[str, tuple[str, str]], str | None]:
+    """Those of `RUNTIMES` whose precision this CPU has; a line that names the others, if there are any.
+
+    Raises:
+        UserError: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError(
+            "the exported models want `pip install -r requirements-deploy.txt`; make bench does it"
+        ) from error
+
+    kinds = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    missing = [
+        name
+        for name, (backend, precision) in RUNTIMES.items()
+        if backend == "openvino" and precision.upper() not in kinds
+    ]
+    runtimes = {name: choice for name, choice in RUNTIMES.items() if name not in missing}
+    return runtimes, f"{', '.join(missing)}: this CPU has no such precision in OpenVINO" if missing else None
 
 
 def find_anomalib(python: Path) -> tuple[str | None, str | None]:

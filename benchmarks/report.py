@@ -157,8 +157,7 @@ def markdown(results: dict[str, Any]) -> str:
     for name, contender in results["contenders"].items():
         lines.append(f"* **{name}**: {contender['description']}")
         lines.append(f"  ({', '.join(_flat(contender['process']))})")
-    if results["left_out"]:
-        lines.append(f"* left out: {results['left_out']}")
+    lines += [f"* left out: {reason}" for reason in results["left_out"]]
     difference = results["largest_loss_difference"]
     lines += ["", f"First losses of ours and the published graph differ by at most {difference:.1e}, relatively."]
     return "\n".join(lines) + "\n"
