@@ -75,7 +75,7 @@ def same_losses(workers: Mapping[str, Worker]) -> float:
         UserError: too much: they do not compute the same.
     """
     losses = [
-        workers[name].ask("step", size=SIZE, batch=2, backbone=True, seconds=0)["loss"]
+        workers[name].ask_once("step", size=SIZE, batch=2, backbone=True, seconds=0)["loss"]
         for name in (OURS, PUBLISHED, TUNED)
     ]
     difference = max(abs(loss / losses[0] - 1) for loss in losses)
@@ -120,7 +120,7 @@ def forward_passes(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure
 
 def export(worker: Worker, folder: Path) -> Path:
     """The exported folder, in every format, of the model in this worker; `folder` is where it is written."""
-    worker.ask("save", file=str(folder / "results/inference/bottle/best.pdparams"))
+    worker.ask_once("save", file=str(folder / "results/inference/bottle/best.pdparams"))
     target = folder / "exported"
     command = [sys.executable, str(ROOT / "deploy/export_model.py"), "-cfg", str(ROOT / "configs/resnet18.yaml")]
     command += ["-cat", "bottle", "--exp_dir", "inference", "--format", "all", "--save_inference_dir", str(target)]

@@ -64,12 +64,20 @@ class Worker:
         for _ in range(ATTEMPTS):
             time.sleep(QUIET)
             begun, others = time.perf_counter(), OtherProcesses(self._process.pid)
-            self._process.stdin.write(json.dumps({"call": call, "arguments": arguments}) + "\n")
-            self._process.stdin.flush()
-            answer = self._answer()
+            answer = self.ask_once(call, **arguments)
             if others.share() <= DISTURBED or time.perf_counter() - begun > LONG:
                 break
         return answer
+
+    def ask_once(self, call: str, **arguments: Any) -> Any:
+        """The same without a repetition: for what depends on the calls before it, and for what is not timed.
+
+        Raises:
+            UserError: it failed or ended.
+        """
+        self._process.stdin.write(json.dumps({"call": call, "arguments": arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
 
     def stop(self) -> None:
         """End the process."""

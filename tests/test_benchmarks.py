@@ -1,10 +1,13 @@
 """The benchmark compares like with like, and reports what it measured."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -19,7 +22,7 @@ from benchmarks.__main__ import (
     make_contenders,
 )
 from benchmarks.inputs import random_images, random_maps, spread, write_bottle
-from benchmarks.measure import QUICK, export, inference, interleaved
+from benchmarks.measure import QUICK, export, inference, interleaved, same_losses
 from benchmarks.plots import draw_curves
 from benchmarks.processes import Contender, OtherProcesses, Worker, run_command
 from benchmarks.published import ListEvaluation, PublishedFastFlow
@@ -149,6 +152,27 @@ def test_exported_models_are_measured(tmp_path):
 def test_a_worker_that_cannot_start_is_a_user_error():
     with pytest.raises(UserError, match="benchmark of broken"):
         Worker(Contender("broken", "without torch, or without a number", ("anomalib", "no number")))
+
+
+def test_first_losses_are_compared_on_a_busy_machine(monkeypatch):
+    """A repeated training step would give the loss after an update."""
+    asked = []
+
+    class Fake(Worker):
+        def __init__(self, loss):
+            self._loss = loss
+            self._process = SimpleNamespace(pid=os.getpid(), stdin=io.StringIO())
+
+        def _answer(self):
+            asked.append(self._loss)
+            return {"loss": self._loss / asked.count(self._loss)}
+
+    monkeypatch.setattr(OtherProcesses, "share", lambda self: 1.0)
+    workers = {OURS: Fake(2.0), PUBLISHED: Fake(2.001), TUNED: Fake(2.0015)}
+    assert same_losses(workers) == pytest.approx(0.00075)
+    assert asked == [2.0, 2.001, 2.0015]
+    workers[OURS].ask("step")
+    assert asked.count(2.0) > 2, "timed calls are repeated"
 
 
 def test_contenders_take_turns():
