@@ -336,6 +336,31 @@ def test_a_converter_that_is_not_installed(monkeypatch):
         export_model.converter_versions()
 
 
+def test_onnxruntime_made_for_cuda_where_there_is_no_gpu(exported, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime", reason=f"onnxruntime: {INSTALL}")
+    if not CONVERTER:
+        pytest.skip(f"paddle2onnx and onnx: {INSTALL}")
+    on_cpu, asked = onnxruntime.InferenceSession, []
+
+    def session(file, options, providers):
+        asked.extend(providers)
+        print("EP Error")  # as it does
+        return on_cpu(file, options, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    loaded = load_exported(exported / "model", "onnxruntime", Options(use_gpu=True))
+    assert loaded.device == "cpu"
+    (name, options), other = asked
+    assert (name, options["use_tf32"], other) == ("CUDAExecutionProvider", 0, "CPUExecutionProvider")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "--use_gpu True: ONNX Runtime finds no GPU" in said.err
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_openvino_in_half_precision_where_the_cpu_has_it(model, exported, precision):
     openvino = pytest.importorskip("openvino", reason=f"openvino: {INSTALL}")
