@@ -101,6 +101,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED
     epoch = int(checkpoint["epoch"])
+    trained = checkpoint.get("config", {})
+    selection = trained.get("selection", "test_auroc")
+    if args.is_last:
+        selection = "last" if selection == "last" or epoch == trained.get("epochs", epoch) else "last_by_patience"
 
     # ---- files
     if args.is_last:
@@ -113,7 +117,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
         save_maps(folder / "maps.npz", paths, scores, truth)
     return {
         **figures,
-        "selection": "last" if args.is_last else checkpoint.get("config", {}).get("selection", "test_auroc"),
+        "selection": selection,
         "checkpoint": str(path),
         "epoch": epoch,
         "backbone": checkpoint.get("backbone") or UNSTATED,

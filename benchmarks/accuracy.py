@@ -2,8 +2,8 @@
 
 Runs `train.py` and `eval.py` for each configuration and seed, one after the other, and writes `accuracy.json` (every
 epoch of every run, and both evaluations) and `accuracy.png` here. What a run that was cut off had done is kept: it
-goes on where it stopped, and runs of other configurations and seeds stay in `accuracy.json`. The pictures are those
-that FASTFLOW_MVTEC_DIR names.
+goes on where it stopped, and runs that are in `accuracy.json` are not run again. The pictures are those that
+FASTFLOW_MVTEC_DIR names.
 """
 
 import argparse
@@ -47,23 +47,33 @@ def main() -> None:
     runs = {(run["config"], run["seed"]): run for run in earlier_runs(file, args.category, args.epochs)}
     for config in args.configs:
         for seed in args.seeds:
+            if (config, seed) in runs:
+                print(f"{config}, seed {seed}: measured on {runs[config, seed]['date']}, in {file}")
+                continue
             runs[config, seed] = run(config, seed, args)
             results = {"category": args.category, "epochs": args.epochs, "runs": [runs[key] for key in sorted(runs)]}
             write_text(file, json.dumps(results, indent=1) + "\n")
-    draw(args.output / "accuracy.png", results["runs"], args.category)
+    draw(args.output / "accuracy.png", [runs[key] for key in sorted(runs)], args.category)
 
 
 def earlier_runs(file: Path, category: str, epochs: int) -> list[dict[str, Any]]:
-    """The runs in this accuracy.json, if they are of the same category and length."""
+    """The runs in this accuracy.json.
+
+    Raises:
+        UserError: they are of another category or length.
+    """
     if not file.exists():
         return []
     results = json.loads(file.read_text(encoding="utf-8"))
-    return results["runs"] if (results["category"], results["epochs"]) == (category, epochs) else []
+    if (results["category"], results["epochs"]) != (category, epochs):
+        held = f"{results['category']}, {results['epochs']} epochs"
+        raise UserError(f"{file}: holds runs of {held}; give another --output for {category}, {epochs} epochs")
+    return results["runs"]
 
 
 def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate once; no patience, so that every run has all its epochs."""
-    experiment = f"accuracy/{config}-{seed}"
+    experiment = f"accuracy/{config}-{seed}-{args.epochs}"
     folder = ROOT / "results" / experiment
     common = ["-cfg", f"configs/{config}.yaml", "-cat", args.category, "--data", str(Path(args.data).absolute())]
     common += ["--exp_dir", experiment, "-o", f"seed={seed}", "-o", f"patience={args.epochs}"]

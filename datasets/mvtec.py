@@ -154,7 +154,14 @@ def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule
         if image.mask is not None:
             masks[i] = resize(read_mask(image.mask), *size) >= lowest
             if not masks[i].any():
-                warn(f"{image.mask}: no pixel is left of this mask under mask_rule: {rule}")
+                good = (
+                    ": its picture counts as a good one; for masks that are not 0 and 255, or of tiny defects, give "
+                    "-o mask_rule=half"
+                )
+                warn(
+                    f"{image.mask}: no pixel is left of this mask under mask_rule: {rule}"
+                    + (good if rule == "published" else "")
+                )
     labels = masks.any(axis=(1, 2)) if rule == "published" else from_folder
     return GroundTruth(labels, masks)
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deploy.cli import UserError
 from deploy.files import regular_file, write_whole
@@ -73,7 +73,8 @@ def is_image(path: Path) -> bool:
 def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
     """Decode a picture of any mode to (H, W, 3) uint8 RGB.
 
-    Grey becomes three equal channels, a palette its colours, 16 bit is scaled to 8, alpha is dropped.
+    Grey becomes three equal channels, a palette its colours, 16 bit is scaled to 8, alpha is dropped. What EXIF says
+    of its orientation is followed.
 
     Args:
         path: the file; errors name it.
@@ -108,6 +109,7 @@ def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarr
             if image.width * image.height > max_pixels:
                 size = f"{image.width}x{image.height}"
                 raise UserError(f"{path}: {size} is more than the {max_pixels} pixels allowed; scale it down")
+            ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
             if not image.mode.startswith("I"):
                 if image.mode == "F":
                     raise UserError(f"{path}: floating point pictures have no defined white; save it with 8 or 16 bit")

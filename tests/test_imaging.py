@@ -121,6 +121,15 @@ def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
 # ---- preprocess
 
 
+def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+    upright = np.zeros((6, 9, 3), np.uint8)
+    upright[:2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: to be turned clockwise
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "phone.png", exif=exif)
+    np.testing.assert_array_equal(read_rgb(tmp_path / "phone.png"), upright)
+
+
 def test_preprocessing_is_imagenet_normalisation_channels_first():
     picture = np.zeros((4, 4, 3), np.uint8) + np.uint8([255, 128, 0])
     batch = preprocess(picture, 4, 4)

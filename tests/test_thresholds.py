@@ -147,6 +147,17 @@ def test_without_masks_the_pixel_threshold_stays_the_published_one(measured):
     assert thresholds.describe() == "image 0.400 (f1), pixel 0.800 (published)"
 
 
+@pytest.mark.parametrize("below", [0.0, 0.25, 0.99999994])
+def test_f1_decides_alike_in_float32_and_float64_between_neighbours(below):
+    """Scores near 1 crowd: between neighbours of float32 there is no third one to be the threshold."""
+    scores = np.float32([below, np.nextafter(np.float32(below), np.float32(2))])
+    truth = GroundTruth(np.array([False, True]), None)
+    maps = Scores(scores, np.zeros((2, 4, 4), np.float32))
+    threshold = calibrate_f1(Path("test"), measure_all(maps, truth), maps, truth).thresholds.image
+    assert (scores > threshold).tolist() == [False, True]
+    assert [float(score) > threshold for score in scores] == [False, True]
+
+
 @pytest.mark.parametrize("kept", [slice(0, 3), slice(3, 5), slice(0, 0)], ids=["no defects", "no good", "nothing"])
 def test_f1_needs_both_kinds_of_pictures(measured, kept, capsys):
     scores, truth = Scores(measured[0].image[kept], measured[0].pixel[kept]), measured[1]

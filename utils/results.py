@@ -11,6 +11,7 @@ OFFLINE = "offline start"  # source of a backbone without ImageNet weights
 SELECTIONS = {  # how the checkpoint was chosen among the epochs; the first is the published rule
     "test_auroc": "best checkpoint chosen on the test set",
     "last": "last checkpoint, no choice",
+    "last_by_patience": "last checkpoint; what chooses the best one ended the training by its patience",
     "val_likelihood": "best checkpoint chosen by the likelihood of held-out good pictures",
 }
 

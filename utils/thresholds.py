@@ -93,9 +93,15 @@ def calibrate_f1(
 
 
 def _halfway(scores: np.ndarray, threshold: float) -> float:
-    """Between the scores on both sides of a threshold: the same decisions, and rounding elsewhere changes none."""
-    rejected = scores[scores <= threshold]
-    return (float(rejected.max(initial=0)) + float(scores[scores > threshold].min())) / 2
+    """Between the scores on both sides of a threshold: the same decisions, and rounding elsewhere changes none.
+
+    Where float32 has no number between the two, the lower one: compared with float32 scores, the middle would be the
+    upper one.
+    """
+    below = float(scores[scores <= threshold].max(initial=min(threshold, 0)))
+    above = float(scores[scores > threshold].min())
+    middle = (below + above) / 2
+    return middle if np.float32(middle) < above else below
 
 
 def calibrate_quantile(folder: Path, held_out: "Scores", rate: float) -> Calibration:
