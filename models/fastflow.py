@@ -209,10 +209,15 @@ class FastFlow(nn.Layer):
         """How many numbers training changes."""
         return sum(p.size for p in self.parameters() if not p.stop_gradient)
 
-    def latents(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Features (B, C, h, w) of each scale -> (z (B, C, h, w), log-det (B)) of each scale."""
+    def latents(self, features: Sequence[Tensor], noise: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
+        """Features (B, C, h, w) of each scale -> (z (B, C, h, w), log-det (B)) of each scale.
+
+        `noise`, if there is any, has their shapes and is added to what the norms make of them.
+        """
         if self.norms:
             features = [self.norms[i](x) for i, x in enumerate(features)]
+        if noise:
+            features = [x + n for x, n in zip(features, noise, strict=True)]
         return [self.nf_flows[i](x) for i, x in enumerate(features)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

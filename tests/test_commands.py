@@ -767,7 +767,7 @@ def test_stable_training_stores_the_average_the_held_out_pictures_and_the_last_e
 
 
 def test_stable_training_resumes_to_the_same_losses(workplace):
-    options = (*STABLE, "--batch_size", 8, "-o", "lr_schedule=constant")
+    options = (*STABLE, "--batch_size", 8, "-o", "lr_schedule=constant", "-o", "feature_noise=0.1")
     workplace.train("stable_whole", *options, "--epochs", 3)
     workplace.train("stable_stopped", *options, "--epochs", 2)
     workplace.train("stable_stopped", *options, "--epochs", 3, "--resume")

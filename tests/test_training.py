@@ -12,7 +12,7 @@ from deploy.cli import UserError
 from models.fastflow import FastFlow
 from utils.averaging import WeightAverage
 from utils.config import load_config
-from utils.training import learning_rate
+from utils.training import draw_noise, learning_rate
 
 STABLE = "configs/resnet18_stable.yaml"
 
@@ -27,6 +27,29 @@ def test_the_cosine_rises_first_and_ends_near_zero():
     np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0], atol=2e-3)
     falling = [learning_rate(config, done) for done in np.linspace(0.025, 1, 50)]
     assert falling == sorted(falling, reverse=True)
+
+
+def test_noise_is_that_of_the_global_batch_whoever_draws_it():
+    features = [paddle.zeros([5, 2, 8, 8]), paddle.zeros([5, 4, 4, 4])]
+    whole = draw_noise(features, np.arange(5), 5, [0, 1, 2])
+    parts = [
+        draw_noise([x[rows[0] :][: len(rows)] for x in features], rows, 5, [0, 1, 2]) for rows in ([0, 1, 2], [3, 4])
+    ]
+    for scale, noise in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[scale].numpy() for part in parts]), noise.numpy())
+        assert noise.shape == features[scale].shape
+    assert abs(whole[0].mean().item()) < 0.2
+    assert whole[0].std().item() == pytest.approx(1, abs=0.15)
+    other = draw_noise(features, np.arange(5), 5, [0, 1, 3])
+    assert abs(other[0] - whole[0]).max().item() > 1
+
+
+def test_noise_moves_what_the_flows_see(model):
+    features = model.feature_extractor(paddle.ones([2, 3, 64, 64]))
+    model.train()
+    noise = [0.1 * n for n in draw_noise(features, np.arange(2), 2, [0])]
+    for (noisy, _), (plain, _) in zip(model.latents(features, noise), model.latents(features), strict=True):
+        assert abs(noisy - plain).max().item() > 0.01
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ class Config:
     lr_schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 1e-5
     clip_norm: float = 0.9
+    feature_noise: float = 0.0
     ema_decay: float = 0.0
     holdout: float = 0.0
     eval_interval: int = 1
@@ -76,6 +77,7 @@ LOWEST = {
     "log_interval": 1,
     "seed": 0,
     "weight_decay": 0,
+    "feature_noise": 0,
     "ema_decay": 0,
     "holdout": 0,
     "selection_weights.image": 0,

@@ -31,7 +31,7 @@ def is_first() -> bool:
 
 
 def share(batch: np.ndarray) -> tuple[np.ndarray, float]:
-    """This process's part of a global batch of picture indices, and the part's weight in the batch's mean.
+    """This process's part of a global batch of indices, and the part's weight in the batch's mean.
 
     A batch with fewer pictures than processes is computed whole by each of them, with equal weights.
     """
