@@ -143,11 +143,11 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
     weights = ", ".join(sorted(file or "offline start" for file in files))
     dates = ", ".join(sorted({run["date"] for run in results["runs"]}))
     machines = ", ".join(sorted({run["machine"]["cpu"] for run in results["runs"]}))
-    where = (results["category"], results["epochs"], dates, machines)
+    selections = ", ".join(sorted({run["chosen"]["selection"] for run in results["runs"]}))
     note = {
-        "en": "{} of MVTec AD, {} epochs, {}, {}, backbone weights {}.",
-        "zh": "MVTec AD 的 {}，{} 轮，{}，{}，骨干权重 {}。",
-    }[language].format(*where, weights)
+        "en": "{} of MVTec AD, {} epochs, {}, {}, backbone weights {}; selection of the checkpoint: {}.",
+        "zh": "MVTec AD 的 {}，{} 轮，{}，{}，骨干权重 {}；检查点的选择：{}。",
+    }[language].format(results["category"], results["epochs"], dates, machines, weights, selections)
     return [*lines, "", note]
 
 

@@ -39,7 +39,13 @@ def test_the_table_of_accuracy_tells_last_highest_and_lowest():
         {"epoch": epoch, "image_auroc": image, "pixel_auroc": 0.5}
         for epoch, image in enumerate((0.25, 1.0, None, 0.5, 0.75), start=1)
     ]
-    evaluation = {"epoch": 5, "image_auroc": 0.75, "pixel_auroc": 0.5, "backbone": {"file": "x.npz"}}
+    evaluation = {
+        "epoch": 5,
+        "image_auroc": 0.75,
+        "pixel_auroc": 0.5,
+        "backbone": {"file": "x.npz"},
+        "selection": "last",
+    }
     made = {"date": "today", "machine": {"cpu": "a CPU"}}
     runs = [{"config": "resnet18", "seed": 3, **made, "history": history, "chosen": evaluation, "last": evaluation}]
     results = {"runs": runs, "category": "bottle", "epochs": 5}
@@ -50,7 +56,7 @@ def test_the_table_of_accuracy_tells_last_highest_and_lowest():
         "| `resnet18.yaml` | 3 | 0.7500 / 0.5000 | 1.0000 / 0.5000 | 0.5000 / 0.5000 | epoch 5: 0.7500 / 0.5000 |"
     )
     assert row == expected
-    assert accuracy(results, "en")[-1].endswith("backbone weights x.npz.")
+    assert accuracy(results, "en")[-1].endswith("backbone weights x.npz; selection of the checkpoint: last.")
 
 
 def test_a_figure_that_a_contender_does_not_have_is_a_dash():
