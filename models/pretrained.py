@@ -29,7 +29,7 @@ VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 DOWNLOAD_DEADLINE = 300  # seconds in all
 CALIBRATION_IMAGES = 16
-MOST_BYTES = 2**32  # of weights; a Wide ResNet50-2 has 0.3 GB
+MOST_BYTES = 2**30  # of weights when unpacked; a Wide ResNet50-2 has 0.3 GB
 RULER = "!" * 100
 OFFLINE_WARNING = f"""\
 {RULER}
