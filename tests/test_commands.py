@@ -29,7 +29,11 @@ TINY = ["-o", "input_size=64", "-o", "flow_step=1", "-o", "pretrained=offline"]
 
 def without_weights() -> dict[str, str]:
     """The environment, less the backbone weights that the user may have named in it."""
-    return {name: value for name, value in os.environ.items() if name != "FASTFLOW_BACKBONE_WEIGHTS"}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FASTFLOW_BACKBONE_WEIGHTS", "FASTFLOW_WEIGHTS_"))
+    }
 
 
 class Workplace:
