@@ -170,6 +170,25 @@ def test_moments_and_averages_of_another_precision_are_refused(tmp_path, trainin
         load_for_resume(model, optimizer, average, LossScale(), config, [], path)
 
 
+def test_a_warning_names_training_settings_that_change(tmp_path, training, capsys):
+    model, optimizer, average, config, content = training
+    path = tmp_path / "last.pdparams"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+
+    def warning(**changes):
+        now = dataclasses.replace(config, **changes)
+        load_for_resume(model, optimizer, average, LossScale(), now, [], path)
+        return capsys.readouterr().err
+
+    assert warning(epochs=900, amp=True, patience=3, eval_interval=2, pretrained="offline") == ""
+    assert warning(lr=0.5, batch_size=7) == (
+        f"warning: {path}: --resume goes on with other settings (batch_size 32 is now 7, lr 0.001 is now 0.5), so not "
+        "to the losses of one training\n"
+    )
+    assert "seed 0 is now 3" in warning(seed=3)
+    assert "epochs 500 is now 900" in warning(lr_schedule="cosine", epochs=900)
+
+
 # ---- YAML
 
 

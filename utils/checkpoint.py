@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import paddle
 
-from deploy.cli import UserError
+from deploy.cli import UserError, warn
 from deploy.files import write_whole
 from models.fastflow import FastFlow, FlowStep
+from utils import distributed
 from utils.averaging import WeightAverage
 from utils.config import Config, check_known
 from utils.history import EpochRow
@@ -27,6 +28,11 @@ from utils.states import set_state
 
 # Settings that a training cannot change half-way.
 RESUME_KEYS = ("selection", "holdout", "ema_decay")
+# Settings that it may change, but then it is another one.
+TRAINING_KEYS = (
+    *("batch_size", "clip_norm", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
+    *("mask_rule", "selection_weights"),  # of what chooses the best epoch
+)
 # Settings that decide what the parameters mean.
 MODEL_KEYS = ("backbone_name", "input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
 
@@ -84,7 +90,8 @@ def load_for_resume(
     """Fill model, optimizer, average and loss scale from a checkpoint that train.py wrote; return it.
 
     `held_out` are the names of the pictures that are kept from this training. A training in another precision has
-    stored no loss scale; a new one is found within a few steps.
+    stored no loss scale; a new one is found within a few steps. A warning names the settings that the config changes
+    and that later epochs depend on.
 
     Raises:
         UserError: no such file, damaged, not written by train.py, or trained under settings that the config changes.
@@ -114,7 +121,20 @@ def load_for_resume(
         optimizer.set_state_dict(_optimizer_state(model, checkpoint["optimizer_state_dict"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _not_ours(path, error) from error
+    _warn_of_changes(trained, config, path)
     return checkpoint
+
+
+def _warn_of_changes(trained: dict[str, Any], config: Config, path: Path) -> None:
+    """Name the settings that a resumed training depends on and that are not those of the checkpoint's config."""
+    now = config.as_dict()
+    cosine = "cosine" in (trained.get("lr_schedule"), config.lr_schedule)  # it ends with the last epoch
+    keys = (*TRAINING_KEYS, "epochs") if cosine else TRAINING_KEYS
+    changed = [f"{key} {trained[key]} is now {now[key]}" for key in keys if key in trained and trained[key] != now[key]]
+    if changed and distributed.is_first():
+        warn(
+            f"{path}: --resume goes on with other settings ({', '.join(changed)}), so not to the losses of one training"
+        )
 
 
 def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
