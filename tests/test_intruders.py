@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from deploy.cli import UserError
+from deploy.cli import UserError, report_error, warn
 from deploy.imaging import list_images, read_rgb
 from deploy.infer import read_description
 from deploy.plain_yaml import MOST_CHARACTERS, parse_yaml
@@ -20,7 +20,7 @@ from tests.serving import png_that_claims
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 from utils.pickles import load_pickle
-from utils.results import category_folder
+from utils.results import category_folder, describe_backbone
 from utils.thresholds import load_thresholds
 
 
@@ -152,6 +152,16 @@ def test_an_array_of_a_thousand_dimensions_is_refused(tmp_path):
     large, a_list = b"\x8a\xff" + b"\x7f" * 255, b"]K\x01aJ\0\0\0\x7f"
     for sides, words in ((b"(" + large * 1000 + b"t", "do not agree"), (b"(" + a_list + b"t", "a list where")):
         refused_pickle(tmp_path, proto(array, b"(K\x01", sides, number_type, b"\x89B\x04\0\0\0abcdtb"), words)
+
+
+def test_no_line_has_what_a_terminal_obeys(capsys):
+    """Names of arrays and of files come from checkpoints too."""
+    report_error(UserError("best.pdparams: \x1b[2J\n瓶 is not part of this model"))
+    warn("\x9b2J")
+    assert capsys.readouterr().err == (
+        "error: best.pdparams: \\x1b[2J 瓶 is not part of this model\nwarning: \\x9b2J\n"
+    )
+    assert describe_backbone({"source": "\x1b[2J", "file": "\r", "sha256": "\a"}).isprintable()
 
 
 # ---- archives
