@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Self, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -156,7 +156,7 @@ class Board:
         for name in names:
             self.show(name, "queued")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -68,14 +68,19 @@ def non_negative_int(text: str) -> int:
     return 0 if text == "0" else positive_int(text)
 
 
+def printable(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would obey: names in files are anyone's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 def warn(message: str) -> None:
     """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def report_error(error: Exception) -> None:
     """One line on stderr, whatever line breaks the message has."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -25,13 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.cli import UserError, run_main
-from deploy.files import hold_folder, make_folder
+from deploy.files import flush, hold_folder, make_folder
 from deploy.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
 from utils.results import category_folder
 from utils.thresholds import PUBLISHED, load_thresholds
 
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+    from models.inference_form import InferenceForm
+
 OPSET = 13  # of ONNX: the first with all that the program needs in the form that newer ones have too
+ADVICE = "make room on its disk and export again"
 OUTPUTS = ("anomaly_map", "smoothed_map", "image_score")
 
 
@@ -62,7 +68,6 @@ def main() -> None:
     model, checkpoint = load_model(config, checkpoint_path)
     thresholds = load_thresholds(checkpoint_path) or PUBLISHED
     target = make_folder(Path(args.save_inference_dir))
-    spec = paddle.static.InputSpec([None, 3, *config.size], "float32", name="images")
     description = {
         "category": args.category,
         "input_size": list(config.size),  # height, width
@@ -85,9 +90,7 @@ def main() -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
         aside.mkdir()
-        program = paddle.jit.to_static(InferenceForm(model), input_spec=[spec], full_graph=True)
-        paddle.jit.save(program, str(aside / "inference"))
-        (aside / "inference.pdiparams.info").unlink(missing_ok=True)  # of Paddle 2.6; nothing reads it
+        write_program(InferenceForm(model), config.size, aside)
         if args.format != "paddle":
             write_onnx(aside, description)
         if args.format == "onnx":
@@ -97,14 +100,41 @@ def main() -> None:
         (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
         made = sorted(aside.iterdir())
         for file in made:
+            flush(file)
+        for file in made:
             os.replace(file, target / file.name)
         for name in {OLD_PROGRAM, *(name for names in FILES.values() for name in names)} - {f.name for f in made}:
             (target / name).unlink(missing_ok=True)  # of an earlier export in another format
+        flush(target)
     except OSError as error:
         raise UserError(f"{target}: the export cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"inference model has been saved into {args.save_inference_dir}")
+
+
+def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) -> None:
+    """Write Paddle's program and its parameters, and read them back: on a full disk Paddle says nothing.
+
+    Raises:
+        UserError: not all of it is there.
+    """
+    import paddle
+
+    spec = paddle.static.InputSpec([None, 3, *size], "float32", name="images")
+    program = paddle.jit.to_static(form, input_spec=[spec], full_graph=True)
+    path = folder / "inference"
+    try:
+        paddle.jit.save(program, str(path))
+        written = paddle.jit.load(str(path)).state_dict()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{folder.parent}: Paddle cannot write the model ({reason}); {ADVICE}") from error
+    # Under other names than ours; where the last array ends too soon, Paddle reads it nevertheless.
+    ours = {array_sha256(value) for value in (*form.parameters(), *form.buffers())}
+    if not ours.issuperset(map(array_sha256, written.values())):
+        raise UserError(f"{folder.parent}: Paddle has not written the whole model; {ADVICE}")
+    path.with_suffix(".pdiparams.info").unlink(missing_ok=True)  # of Paddle 2.6; nothing reads it
 
 
 def converter_versions() -> dict[str, str]:
@@ -128,6 +158,7 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
         UserError: Paddle2ONNX cannot convert it, or makes no valid ONNX of it.
     """
     import onnx
+    from google.protobuf.message import DecodeError
 
     program, parameters = model_files(folder, "paddle")
     command = [sys.executable, "-m", "paddle2onnx.command", "--model_dir", str(folder), "--model_filename", program]
@@ -139,7 +170,10 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
     if done.returncode or not (folder / "inference.onnx").is_file():
         last = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise UserError(f"--format: Paddle2ONNX cannot convert this model ({last})")
-    model = onnx.load(folder / "inference.onnx")
+    try:
+        model = onnx.load(folder / "inference.onnx")
+    except DecodeError as error:
+        raise UserError(f"{folder.parent}: Paddle2ONNX has not written the whole model; {ADVICE}") from error
     graph = model.graph
     names = dict(zip((output.name for output in graph.output), OUTPUTS, strict=True))
     for node in graph.node:
@@ -161,6 +195,11 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
     except onnx.checker.ValidationError as error:
         raise UserError(f"--format: Paddle2ONNX made a model that is no valid ONNX ({error})") from error
     onnx.save(model, folder / "inference.onnx")
+
+
+def array_sha256(value: "Tensor") -> str:
+    """Of a tensor's numbers, in hexadecimal."""
+    return hashlib.sha256(value.numpy().tobytes()).hexdigest()
 
 
 def sha256(file: Path) -> str:

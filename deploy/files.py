@@ -52,7 +52,7 @@ def hold_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Let `write(temporary_name)` make the file, flush it to the disk, then rename it to `path`.
+    """Let `write(temporary_name)` make the file, rename it to `path`; a power cut after it does not take it away.
 
     The temporary name keeps the suffix of `path`, so that writers that choose a format by it work. If `write` fails,
     `path` is as it was before. What a killed process leaves is a hidden file that the next writing of `path` takes.
@@ -65,11 +65,23 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     try:
         with _alone(temporary):
             write(str(temporary))
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             os.replace(temporary, path)
+        flush(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk holds the file, or the names in the folder, whatever happens to the machine then."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that cannot do it for a folder
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

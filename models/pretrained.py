@@ -25,11 +25,12 @@ from utils.pickles import load_pickle
 from utils.results import OFFLINE
 from utils.states import set_state
 
-VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"
+VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"  # of any backbone
+VARIABLE_OF_ONE = "FASTFLOW_WEIGHTS_"  # before the name of a backbone, in capitals
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 DOWNLOAD_DEADLINE = 300  # seconds in all
 CALIBRATION_IMAGES = 16
-MOST_BYTES = 2**32  # of weights; a Wide ResNet50-2 has 0.3 GB
+MOST_BYTES = 2**30  # of weights when unpacked; a Wide ResNet50-2 has 0.3 GB
 RULER = "!" * 100
 OFFLINE_WARNING = f"""\
 {RULER}
@@ -44,10 +45,10 @@ def load_backbone(
 ) -> dict[str, str | None]:
     """Fill the backbone and say from where.
 
-    Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_BACKBONE_WEIGHTS names,
-    Paddle's weight cache, one download of the backbone's official file, and the offline start, which is calibrated on
-    some training images. With `pretrained: offline` and no file named, or for a backbone that has no official file,
-    the offline start at once.
+    Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_WEIGHTS_RESNET18 (of this
+    backbone) or FASTFLOW_BACKBONE_WEIGHTS names, Paddle's weight cache, one download of the backbone's official file,
+    and the offline start, which is calibrated on some training images. With `pretrained: offline` nothing comes
+    between the first and the last.
 
     Returns:
         the provenance that checkpoints and tables state: `source`, `file`, `sha256`.
@@ -56,9 +57,18 @@ def load_backbone(
         UserError: a file that was named is missing, damaged or of another architecture.
     """
     entry = find_backbone(config.backbone_name)
-    for source, file in (("--backbone_weights", weights_file), (VARIABLE, os.environ.get(VARIABLE))):
-        if file:
-            return _load_file(backbone, entry, Path(file), source)
+    if weights_file:
+        return _load_file(backbone, entry, Path(weights_file), "--backbone_weights")
+    own_variable = VARIABLE_OF_ONE + config.backbone_name.upper()
+    for variable in (own_variable, VARIABLE):
+        if config.pretrained == "imagenet" and (file := os.environ.get(variable)):
+            try:
+                return _load_file(backbone, entry, Path(file), variable)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; {variable} names this file: name one of {config.backbone_name} in {own_variable} or "
+                    "with --backbone_weights"
+                ) from error
     if config.pretrained == "imagenet" and entry.weights:
         url, md5 = entry.weights
         official = official_file(url)

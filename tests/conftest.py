@@ -25,7 +25,9 @@ def config():
 @pytest.fixture(autouse=True)
 def no_backbone_weights_of_the_user(monkeypatch):
     """Tests start without the user's own weights, whatever the environment says; those that want them ask for them."""
-    monkeypatch.delenv("FASTFLOW_BACKBONE_WEIGHTS", raising=False)
+    for name in os.environ:
+        if name.startswith(("FASTFLOW_BACKBONE_WEIGHTS", "FASTFLOW_WEIGHTS_")):
+            monkeypatch.delenv(name)
 
 
 def named_by(variable: str) -> str:

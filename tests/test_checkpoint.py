@@ -13,6 +13,7 @@ from deploy.cli import UserError
 from models.fastflow import FastFlow
 from utils.checkpoint import load_checkpoint, load_model, published_state, save_checkpoint, set_published_state
 from utils.pickles import load_pickle
+from utils.results import OFFLINE
 
 STEP = "nf_flows.0.module_list.0"
 SUBNET_2 = {f"{STEP}.subnet_2.0.weight": np.ones((33, 32, 3, 3), np.float32), f"{STEP}.subnet_2.2.bias": np.ones(64)}
@@ -264,6 +265,46 @@ def test_a_checkpoint_of_wrong_parts_is_a_user_error(tmp_path, config, source, c
     (tmp_path / "best.pdparams").write_bytes(pickle.dumps(checkpoint_of(source) | change))
     with pytest.raises(UserError, match=r"best\.pdparams"):
         load_model(config, tmp_path / "best.pdparams")
+
+
+ARRAY = np.array([1, 2])
+DOWNLOADED = {"source": "downloaded", "file": "x", "sha256": "y"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": ARRAY},
+        {"config": ARRAY},
+        {"config": {"flow_step": ARRAY}},
+        {"config": {"selection": ARRAY}},
+        {"config": {"use_norm": ARRAY}},
+        {"config": {"input_size": ARRAY}},
+        {"config": {"ema_decay": ARRAY}},
+        {"config": {"selection_weights": ARRAY}},
+        {"config": {"backbone_name": ["x"]}},
+        {"backbone": ARRAY},
+        {"backbone": DOWNLOADED | {"source": ARRAY}},
+        {"backbone": DOWNLOADED | {"file": ARRAY}},
+        {"backbone": DOWNLOADED | {"source": OFFLINE}},
+        {"backbone": {"source": OFFLINE, "file": ARRAY, "sha256": None}},
+        {"held_out": ARRAY},
+        {"held_out": [ARRAY]},
+        {"held_out": "a.png"},
+        {"held_out": [3]},
+    ],
+)
+def test_what_a_checkpoint_says_of_its_training_has_the_type_that_train_writes(tmp_path, change):
+    path = tmp_path / "best.pdparams"
+    path.write_bytes(pickle.dumps({"epoch": 1, "model_state_dict": {}} | change))
+    with pytest.raises(UserError, match=rf"best\.pdparams: not a checkpoint.*{next(iter(change))}"):
+        load_checkpoint(path)
+
+
+def test_a_config_of_another_version_is_no_damage(tmp_path):
+    content = {"epoch": 1, "model_state_dict": {}, "config": {"flow_step": 8, "of_a_later_version": 1}}
+    (tmp_path / "best.pdparams").write_bytes(pickle.dumps(content))
+    assert load_checkpoint(tmp_path / "best.pdparams") == content
 
 
 def test_a_missing_file_and_a_folder_are_user_errors(tmp_path):

@@ -60,6 +60,14 @@ def test_the_disk_that_turns_out_full(backbone, monkeypatch):
     assert FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test").place == "nothing"
 
 
+def test_a_disk_that_is_full_has_no_room(monkeypatch):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")  # what Python says then
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    assert CacheBudget.from_options(1, None, None) == CacheBudget(2**30, 0)
+
+
 def test_a_cpu_has_no_memory_of_its_own():
     assert CacheBudget.from_options(1, 1, 1).device == 0
 

@@ -46,6 +46,43 @@ def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
     assert target.read_text() == "new"
 
 
+def recorded(monkeypatch):
+    """A list that is filled with what is flushed to the disk and what is renamed."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(handle):
+        events.append(f"flush {os.path.basename(os.readlink(f'/proc/self/fd/{handle}'))}")
+        fsync(handle)
+
+    def rename(source, target):
+        events.append(f"rename {os.path.basename(target)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    return events
+
+
+def test_a_power_cut_takes_neither_the_file_nor_its_name(tmp_path, monkeypatch):
+    events = recorded(monkeypatch)
+    write_text(tmp_path / "f.txt", "new")
+    assert events == ["flush .f.part.txt", "rename f.txt", f"flush {tmp_path.name}"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder_is_written_to_nevertheless(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "f.txt", "new")
+    assert (tmp_path / "f.txt").read_text() == "new"
+
+
 def test_the_temporary_file_keeps_the_suffix_and_is_hidden_beside_the_target(tmp_path):
     names = []
 

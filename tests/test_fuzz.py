@@ -27,7 +27,7 @@ from models.fastflow import FastFlow
 from tests.serving import PREDICT, picture_file
 from tests.test_serve import served
 from utils.averaging import WeightAverage
-from utils.checkpoint import load_checkpoint, load_for_resume, published_state
+from utils.checkpoint import load_checkpoint, load_for_resume, load_model, published_state
 from utils.config import load_config
 from utils.history import best_row
 from utils.loss_scale import LossScale
@@ -64,16 +64,26 @@ def damaged(draw, whole):
     return bytes(data)
 
 
-def changed(draw, content):
+# What a pickle can hold beside them.
+ARRAYS = st.builds(
+    lambda shape, dtype: np.ones(shape, dtype),
+    st.lists(st.integers(0, 2), max_size=2),
+    st.sampled_from(["f2", "f4", "f8", "i8", "?"]),
+)
+NUMBERS = ARRAYS | ARRAYS.filter(lambda array: array.size == 1).map(lambda array: array.flat[0])
+PICKLED = VALUES | NUMBERS | st.lists(NUMBERS, max_size=2)
+
+
+def changed(draw, content, values=VALUES):
     """The nested dictionary with one of its entries replaced, removed or added."""
     content = dict(content)
     key = draw(st.sampled_from([*content, "x"]))
     if isinstance(content.get(key), dict) and content[key] and draw(st.booleans()):
-        return {**content, key: changed(draw, content[key])}
+        return {**content, key: changed(draw, content[key], values)}
     if draw(st.integers(0, 5)) == 0:
         content.pop(key, None)
         return content
-    return {**content, key: draw(VALUES)}
+    return {**content, key: draw(values)}
 
 
 def attempt(read, *arguments):
@@ -89,7 +99,7 @@ def attempt(read, *arguments):
 
 
 @pytest.fixture(scope="module")
-def training(config):
+def training(config, tmp_path_factory):
     """A model after a step, what resuming needs of it, and its checkpoint."""
     config = dataclasses.replace(config, input_size=32, flow_step=1, ema_decay=0.9)
     model = FastFlow(config)
@@ -101,7 +111,7 @@ def training(config):
     content = {
         "epoch": 1,
         "model_state_dict": published_state(model),
-        "optimizer_state_dict": optimizer.state_dict(),
+        "optimizer_state_dict": {name: value.numpy() for name, value in optimizer.state_dict().items()},
         "backbone": {"source": "downloaded", "file": "x", "sha256": "y"},
         "config": config.as_dict(),
         "history": [row | {"val_loss": None}],
@@ -109,6 +119,9 @@ def training(config):
         "average": average.state(),
         "loss_scale": LossScale().state(),
     }
+    path = tmp_path_factory.mktemp("whole") / "last.pdparams"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    load_for_resume(model, optimizer, average, LossScale(), config, [], path)  # whole, it is not refused
     return model, optimizer, average, config, content
 
 
@@ -117,7 +130,7 @@ paddle.save({"epoch": 1, "model_state_dict": {"a": paddle.ones([3])}, "history":
 
 
 @bounded
-@given(data=st.binary(max_size=200) | damaged(SMALL.getvalue()) | damaged(VALUES.map(pickle.dumps)))
+@given(data=st.binary(max_size=200) | damaged(SMALL.getvalue()) | damaged(PICKLED.map(pickle.dumps)))
 def test_a_checkpoint_of_any_bytes(tmp_path, data):
     (tmp_path / "last.pdparams").write_bytes(data)
     attempt(load_checkpoint, tmp_path / "last.pdparams")
@@ -127,7 +140,7 @@ def test_a_checkpoint_of_any_bytes(tmp_path, data):
 @given(data=st.data())
 def test_a_checkpoint_of_any_content(tmp_path, training, data):
     model, optimizer, average, config, content = training
-    content = changed(data.draw, content)
+    content = changed(data.draw, content, PICKLED)
     path = tmp_path / "last.pdparams"
     path.write_bytes(pickle.dumps(content, protocol=4))
     checkpoint = attempt(load_for_resume, model, optimizer, average, LossScale(), config, [], path)
@@ -135,6 +148,45 @@ def test_a_checkpoint_of_any_content(tmp_path, training, data):
         assert best_row(checkpoint["history"]).epoch == checkpoint["epoch"]
         describe_backbone(checkpoint["backbone"])
         training_step(model, optimizer, model.feature_extractor(paddle.rand([2, 3, 32, 32])))
+        average.update()
+        optimizer.state_dict()
+    loaded = attempt(load_model, config, path)
+    if loaded:  # what eval.py and export_model.py write of it
+        json.dumps(loaded[1].get("backbone"))
+        yaml.safe_dump(loaded[1].get("backbone"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("part", ["optimizer_state_dict", "average"])
+def test_moments_and_averages_of_another_precision_are_refused(tmp_path, training, dtype, part):
+    """Paddle would take them and fail at the first step."""
+    model, optimizer, average, config, content = training
+    whole = content[part]["parameters"] if part == "average" else content[part]
+    arrays = {name: np.asarray(value).astype(dtype) for name, value in whole.items()}
+    content = {**content, part: {"steps": 1, "parameters": arrays} if part == "average" else arrays}
+    path = tmp_path / "last.pdparams"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    with pytest.raises(UserError, match=r"last\.pdparams"):
+        load_for_resume(model, optimizer, average, LossScale(), config, [], path)
+
+
+def test_a_warning_names_training_settings_that_change(tmp_path, training, capsys):
+    model, optimizer, average, config, content = training
+    path = tmp_path / "last.pdparams"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+
+    def warning(**changes):
+        now = dataclasses.replace(config, **changes)
+        load_for_resume(model, optimizer, average, LossScale(), now, [], path)
+        return capsys.readouterr().err
+
+    assert warning(epochs=900, amp=True, patience=3, eval_interval=2, pretrained="offline") == ""
+    assert warning(lr=0.5, batch_size=7) == (
+        f"warning: {path}: --resume goes on with other settings (batch_size 32 is now 7, lr 0.001 is now 0.5), so not "
+        "to the losses of one training\n"
+    )
+    assert "seed 0 is now 3" in warning(seed=3)
+    assert "epochs 500 is now 900" in warning(lr_schedule="cosine", epochs=900)
 
 
 # ---- YAML

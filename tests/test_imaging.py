@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_an_upload_is_read_like_a_file(tmp_path):
     np.testing.assert_array_equal(read_rgb(Path("upload"), content), read_rgb(tmp_path / "a.png"))
     with pytest.raises(UserError, match="upload"):
         read_rgb(Path("upload"), io.BytesIO(b"no picture"))
+
+
+def test_every_16_bit_value_becomes_the_nearest_of_8_bit_without_large_copies(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(np.tile(values, (4, 4))).save(tmp_path / "wide.png")
+    tracemalloc.start()
+    picture = read_rgb(tmp_path / "wide.png")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(picture[:256, :256, 0], np.round(values / 257))
+    assert peak < 8 * 2**20  # bytes a pixel; numbers of float64 alone take 8
 
 
 def test_a_picture_of_too_many_pixels_is_refused(tmp_path):

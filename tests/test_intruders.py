@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from deploy.cli import UserError
+from deploy.cli import UserError, report_error, warn
 from deploy.imaging import list_images, read_rgb
 from deploy.infer import read_description
 from deploy.plain_yaml import MOST_CHARACTERS, parse_yaml
@@ -20,7 +20,7 @@ from tests.serving import png_that_claims
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 from utils.pickles import load_pickle
-from utils.results import category_folder
+from utils.results import category_folder, describe_backbone
 from utils.thresholds import load_thresholds
 
 
@@ -57,6 +57,46 @@ def test_a_list_that_holds_itself_is_refused(tmp_path):
     value = []
     value.append(value)
     refused_pickle(tmp_path, pickle.dumps(value, protocol=4))
+
+
+def test_a_text_in_many_places_does_not_fill_the_memory_of_who_prints_it(tmp_path):
+    text = "s" * 1_000_000
+    for value in ([text] * 900_000, [text.encode()] * 900_000, [{text: 1}] * 400_000):
+        refused_pickle(tmp_path, pickle.dumps(value, protocol=4), "texts of more than 10000000 characters")
+
+
+def test_objects_that_take_more_memory_than_their_bytes_are_not_piled_up(tmp_path):
+    refused_pickle(tmp_path, proto(b"}" * 30_000_000), "more than 3000000 instructions")
+
+
+def test_a_history_of_100000_epochs_is_read(tmp_path):
+    row = {"epoch": 1, "loss": 0.5, "lr": 0.5, "image_auroc": 0.5, "pixel_auroc": 0.5, "selection": 0.5}
+    history = [row | {"seconds": 0.5, "val_loss": 0.5} for _ in range(100_000)]
+    (tmp_path / "last.pdparams").write_bytes(pickle.dumps({"history": history}, protocol=4))
+    assert load_pickle(tmp_path / "last.pdparams")["history"] == history
+
+
+def test_a_file_that_says_it_is_huge_is_not_read(tmp_path):
+    path = tmp_path / "best.pdparams"
+    path.touch()
+    os.truncate(path, 200 * 2**30)
+    with pytest.raises(UserError, match=r"best\.pdparams: has 214748364800 bytes"):
+        load_pickle(path)
+
+
+def test_keys_that_all_have_the_same_hash_are_refused(tmp_path):
+    same = [k * (2**61 - 1) for k in range(1, 50_000)]
+    assert {hash(key) for key in same} == {0}
+    entries = b"".join(b"\x8a\x0a" + key.to_bytes(10, "little") + b"K\x01" for key in same)
+    refused_pickle(tmp_path, proto(b"}(", entries, b"u"), "a key that is a large number")
+
+
+def test_no_message_has_what_a_terminal_obeys(tmp_path):
+    for call in (b"c\x1b[2J\nx\n", b"cnumpy\ndtype\n\x8c\x04\x1b[2J\x85R", b"c_codecs\nencode\n)\x8c\x04\x1b[2J\x86R"):
+        (tmp_path / "best.pdparams").write_bytes(proto(call))
+        with pytest.raises(UserError) as error:
+            load_pickle(tmp_path / "best.pdparams")
+        assert str(error.value).isprintable() and "x1b[2J" in str(error.value)
 
 
 def test_a_tower_of_tuples_as_a_key_does_not_end_the_process(tmp_path):
@@ -114,6 +154,16 @@ def test_an_array_of_a_thousand_dimensions_is_refused(tmp_path):
         refused_pickle(tmp_path, proto(array, b"(K\x01", sides, number_type, b"\x89B\x04\0\0\0abcdtb"), words)
 
 
+def test_no_line_has_what_a_terminal_obeys(capsys):
+    """Names of arrays and of files come from checkpoints too."""
+    report_error(UserError("best.pdparams: \x1b[2J\n瓶 is not part of this model"))
+    warn("\x9b2J")
+    assert capsys.readouterr().err == (
+        "error: best.pdparams: \\x1b[2J 瓶 is not part of this model\nwarning: \\x9b2J\n"
+    )
+    assert describe_backbone({"source": "\x1b[2J", "file": "\r", "sha256": "\a"}).isprintable()
+
+
 # ---- archives
 
 
@@ -141,7 +191,7 @@ def test_an_archive_that_unpacks_to_gigabytes_is_refused_before_it_does(tmp_path
     path = npz(tmp_path / "w.npz", **{"a.npy": npy(np.ones(2))})
     data = path.read_bytes()
     central = data.index(b"PK\x01\x02")
-    path.write_bytes(data[: central + 24] + struct.pack("<I", 2**32 - 2) + data[central + 28 :])
+    path.write_bytes(data[: central + 24] + struct.pack("<I", 2**30) + data[central + 28 :])
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("b.npy", npy(np.ones(2)))
     with pytest.raises(UserError, match=r"w\.npz.*when unpacked"):

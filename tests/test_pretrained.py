@@ -119,13 +119,21 @@ def assert_offline(backbone, provenance, capsys):
 def test_the_order_of_the_sources(tmp_path, monkeypatch, load, cache):
     """Each source in turn is taken away; each holds other weights."""
     option, variable = write(tmp_path / "option.npz", weights(1)), write(tmp_path / "variable.npz", weights(2))
+    own = write(tmp_path / "own.npz", weights(4))
     monkeypatch.setenv(VARIABLE, str(variable))
+    monkeypatch.setenv("FASTFLOW_WEIGHTS_RESNET18", str(own))
+    monkeypatch.setenv("FASTFLOW_WEIGHTS_RESNET34", str(tmp_path / "of another backbone"))
     write(cache, weights(3))
 
     backbone, provenance = load(option)
     assert provenance == {"source": "--backbone_weights", "file": str(option), "sha256": sha256(option)}
     assert_holds(backbone, weights(1))
 
+    backbone, provenance = load()
+    assert provenance == {"source": "FASTFLOW_WEIGHTS_RESNET18", "file": str(own), "sha256": sha256(own)}
+    assert_holds(backbone, weights(4))
+
+    monkeypatch.setenv("FASTFLOW_WEIGHTS_RESNET18", "")
     backbone, provenance = load()
     assert provenance == {"source": VARIABLE, "file": str(variable), "sha256": sha256(variable)}
     assert_holds(backbone, weights(2))
@@ -140,12 +148,27 @@ def test_the_order_of_the_sources(tmp_path, monkeypatch, load, cache):
     assert provenance["source"] == OFFLINE
 
 
-def test_pretrained_offline_looks_at_named_files_only(tmp_path, load, cache, capsys):
+def test_pretrained_offline_looks_at_the_option_only(tmp_path, monkeypatch, load, cache, capsys):
     config = load_config("configs/resnet18.yaml", ["input_size=32", "pretrained=offline"])
     write(cache, weights(3))
+    for variable in (VARIABLE, "FASTFLOW_WEIGHTS_RESNET18"):
+        monkeypatch.setenv(variable, str(write(tmp_path / "variable.npz", weights(2))))
     assert_offline(*load(config=config), capsys)
     backbone, _ = load(write(tmp_path / "w.npz", weights(1)), config=config)
     assert_holds(backbone, weights(1))
+
+
+def test_a_variable_that_names_weights_of_another_backbone_is_named(tmp_path, monkeypatch, cache, pictures):
+    """Set for one backbone, it stays set when another one is tried."""
+    monkeypatch.setenv(VARIABLE, str(write(tmp_path / "w.npz", weights(1))))
+    config = load_config("configs/resnet34.yaml", ["input_size=32"])
+    with pytest.raises(UserError) as error:
+        load_backbone(build_backbone("resnet34"), config, None, pictures)
+    advice = (
+        f"; {VARIABLE} names this file: name one of resnet34 in FASTFLOW_WEIGHTS_RESNET34 or with --backbone_weights"
+    )
+    assert str(error.value).startswith(f"{tmp_path}/w.npz: does not fit this model: ")
+    assert str(error.value).endswith(advice)
 
 
 # ---- named files

@@ -1,5 +1,6 @@
 """train.sh: every category over all devices. Where nothing is learnt train.py and eval.py are stand-ins, for speed."""
 
+import importlib
 import json
 import os
 import pickle
@@ -300,3 +301,8 @@ def test_two_real_categories_at_a_time(tmp_path):
     assert "learning rate 0.001 (constant)" in done.stdout
     config = load_config(tmp_path / "tiny.yaml")
     assert finished(train_all.trained_so_far(tmp_path / "results/exp/bottle", config), config)
+
+
+def test_it_takes_nothing_that_python_3_10_lacks(monkeypatch):
+    monkeypatch.delattr("typing.Self", raising=False)
+    importlib.reload(train_all)

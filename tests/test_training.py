@@ -123,9 +123,27 @@ def test_a_resumed_average_goes_on_like_an_uninterrupted_one(config, model):
 
 
 @pytest.mark.parametrize(
-    "state", [None, {}, {"steps": "x", "parameters": {}}, {"steps": 1, "parameters": {}}, {"steps": 1, "parameters": 3}]
+    "change",
+    [
+        {"steps": "x"},
+        {"steps": float("inf")},
+        {"steps": -11},
+        {"steps": None},
+        {"parameters": {}},
+        {"parameters": 3},
+        {"parameters": np.float64},
+    ],
 )
-def test_a_damaged_average_is_refused(model, state):
+def test_a_damaged_average_is_refused(model, change):
+    state = WeightAverage(model, 0.9).state()
+    if change.get("parameters") is np.float64:
+        change = {"parameters": {name: value.astype(np.float64) for name, value in state["parameters"].items()}}
+    with pytest.raises(UserError, match=r"last\.pdparams: its moving average"):
+        WeightAverage(model, 0.9).resume(state | change, "last.pdparams")
+
+
+@pytest.mark.parametrize("state", [None, {}, 3])
+def test_what_is_no_average_is_refused(model, state):
     with pytest.raises(UserError, match=r"last\.pdparams: its moving average"):
         WeightAverage(model, 0.9).resume(state, "last.pdparams")
 

@@ -60,12 +60,16 @@ class WeightAverage:
             UserError: the state is not of this model.
         """
         try:
-            steps, parameters = int(state["steps"]), state["parameters"]
+            steps, parameters = state["steps"], state["parameters"]
+            if type(steps) is not int or steps < 0:
+                raise ValueError(f"steps {steps}")
             fits = parameters.keys() == self._parameters.keys() and all(
-                isinstance(parameters[name], np.ndarray) and list(parameters[name].shape) == p.shape
+                isinstance(value := parameters[name], np.ndarray)
+                and value.dtype == np.float32
+                and list(value.shape) == p.shape
                 for name, p in self._parameters.items()
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{source}: its moving average is damaged ({error!r}); train again") from error
         if not fits:
             raise UserError(f"{source}: its moving average is not of this model; train again")

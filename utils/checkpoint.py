@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import paddle
 
-from deploy.cli import UserError
+from deploy.cli import UserError, warn
 from deploy.files import write_whole
 from models.fastflow import FastFlow, FlowStep
+from utils import distributed
 from utils.averaging import WeightAverage
-from utils.config import Config
+from utils.config import Config, check_known
 from utils.history import EpochRow
 from utils.loss_scale import LossScale
 from utils.pickles import load_pickle
@@ -27,6 +28,11 @@ from utils.states import set_state
 
 # Settings that a training cannot change half-way.
 RESUME_KEYS = ("selection", "holdout", "ema_decay")
+# Settings that it may change, but then it is another one.
+TRAINING_KEYS = (
+    *("batch_size", "clip_norm", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
+    *("mask_rule", "selection_weights"),  # of what chooses the best epoch
+)
 # Settings that decide what the parameters mean.
 MODEL_KEYS = ("backbone_name", "input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
 
@@ -84,7 +90,8 @@ def load_for_resume(
     """Fill model, optimizer, average and loss scale from a checkpoint that train.py wrote; return it.
 
     `held_out` are the names of the pictures that are kept from this training. A training in another precision has
-    stored no loss scale; a new one is found within a few steps.
+    stored no loss scale; a new one is found within a few steps. A warning names the settings that the config changes
+    and that later epochs depend on.
 
     Raises:
         UserError: no such file, damaged, not written by train.py, or trained under settings that the config changes.
@@ -111,11 +118,23 @@ def load_for_resume(
     try:
         if not checkpoint.get("backbone"):
             raise ValueError("it does not say where the backbone's weights are from")
-        _check_optimizer_state(model, checkpoint["optimizer_state_dict"])
-        optimizer.set_state_dict(checkpoint["optimizer_state_dict"])
+        optimizer.set_state_dict(_optimizer_state(model, checkpoint["optimizer_state_dict"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _not_ours(path, error) from error
+    _warn_of_changes(trained, config, path)
     return checkpoint
+
+
+def _warn_of_changes(trained: dict[str, Any], config: Config, path: Path) -> None:
+    """Name the settings that a resumed training depends on and that are not those of the checkpoint's config."""
+    now = config.as_dict()
+    cosine = "cosine" in (trained.get("lr_schedule"), config.lr_schedule)  # it ends with the last epoch
+    keys = (*TRAINING_KEYS, "epochs") if cosine else TRAINING_KEYS
+    changed = [f"{key} {trained[key]} is now {now[key]}" for key in keys if key in trained and trained[key] != now[key]]
+    if changed and distributed.is_first():
+        warn(
+            f"{path}: --resume goes on with other settings ({', '.join(changed)}), so not to the losses of one training"
+        )
 
 
 def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
@@ -142,20 +161,23 @@ def _history(checkpoint: dict[str, Any]) -> list[EpochRow]:
     for number, row in enumerate(rows, start=1):
         measured = (row.image_auroc, row.pixel_auroc, row.selection, row.val_loss)
         values = [row.loss, row.lr, row.seconds, *(value for value in measured if value is not None)]
-        if row.epoch != number or not all(type(value) is float for value in values):
+        if type(row.epoch) is not int or row.epoch != number or not all(type(value) is float for value in values):
             raise ValueError(f"its history is damaged at epoch {number}")
     return rows
 
 
-def _check_optimizer_state(model: FastFlow, state: dict[str, Any]) -> None:
-    """A ValueError if Adam's moments are missing or misshapen; Paddle would start anew, or fail at the first step."""
-    for parameter in model.parameters():
+def _optimizer_state(model: FastFlow, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Adam's moments, or a ValueError if one is missing or unfit: Paddle would start anew or fail at the first step."""
+    moments = {}
+    for parameter in (parameter for parameter in model.parameters() if not parameter.stop_gradient):
         shapes = {"moment1": parameter.shape, "moment2": parameter.shape, "beta1_pow_acc": [1], "beta2_pow_acc": [1]}
         for kind, shape in shapes.items():
-            value = state.get(f"{parameter.name}_{kind}_0")
-            sound = isinstance(value, np.ndarray) and value.dtype.kind == "f" and list(value.shape) == list(shape)
-            if not sound and not parameter.stop_gradient:
+            name = f"{parameter.name}_{kind}_0"
+            value = state.get(name)
+            if not isinstance(value, np.ndarray) or value.dtype != np.float32 or list(value.shape) != list(shape):
                 raise ValueError(f"its optimizer has no {kind} of {parameter.name}")
+            moments[name] = value
+    return moments
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -167,22 +189,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint, ours or a published one, without running anything in it.
 
     Raises:
-        UserError: missing, damaged, or not a checkpoint.
+        UserError: missing, damaged, or not a checkpoint, be it only in what it says of its training.
     """
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; train first, or check --exp_dir and the category")
     checkpoint = load_pickle(path)
     if not isinstance(checkpoint, dict) or not {"epoch", "model_state_dict"} <= checkpoint.keys():
         raise UserError(f"{path}: not a checkpoint (it must hold epoch and model_state_dict)")
-    backbone = checkpoint.get("backbone")
-    sound = (
-        isinstance(checkpoint["epoch"], int)
-        and isinstance(checkpoint.get("config", {}), dict)
-        and isinstance(checkpoint.get("config", {}).get("selection", ""), str)
-        and (backbone is None or _is_provenance(backbone))
+    config, backbone, held_out = (
+        checkpoint.get("config", {}),
+        checkpoint.get("backbone"),
+        checkpoint.get("held_out", []),
     )
-    if not sound:
-        raise UserError(f"{path}: not a checkpoint (its epoch, config or backbone is not what train.py writes)")
+    sound = {
+        "epoch": isinstance(checkpoint["epoch"], int),
+        "config": isinstance(config, dict),
+        "backbone": backbone is None or _is_provenance(backbone),
+        "held_out": isinstance(held_out, list) and all(isinstance(name, str) for name in held_out),
+    }
+    for part in sound:
+        if not sound[part]:
+            raise UserError(f"{path}: not a checkpoint (its {part} is not what train.py writes)")
+    check_known(config, f"{path}: not a checkpoint; its config")
     return checkpoint
 
 
@@ -190,7 +218,8 @@ def _is_provenance(value: Any) -> bool:
     """Whether it is what `models.pretrained.load_backbone` returns."""
     if not isinstance(value, dict) or value.keys() != {"source", "file", "sha256"}:
         return False
-    return value["source"] == OFFLINE or all(isinstance(entry, str) for entry in value.values())
+    kinds = {type(value["file"]), type(value["sha256"])}
+    return isinstance(value["source"], str) and kinds == ({type(None)} if value["source"] == OFFLINE else {str})
 
 
 def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:

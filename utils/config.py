@@ -132,6 +132,17 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     return config
 
 
+def check_known(values: dict[str, Any], source: str) -> None:
+    """Check those keys of a stored configuration that there are; one of another version may lack some or have more.
+
+    Raises:
+        UserError: wrong type, value out of range.
+    """
+    for name, type_ in typing.get_type_hints(Config).items():
+        if name in values:
+            _check(type_, values[name], source, name)
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -182,7 +193,7 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
         return _check(type_, value, source, key)
     if origin is Literal:
         choices = typing.get_args(type_)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise refuse("one of " + ", ".join(choices))
         return value
     if origin is list:

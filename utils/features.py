@@ -41,9 +41,8 @@ class CacheBudget:
         if paddle.get_device().startswith("gpu"):
             total = paddle.device.cuda.get_device_properties().total_memory
             device = total / 4 if device_gib is None else device_gib * 2**30
-        free_disk = shutil.disk_usage(tempfile.gettempdir()).free
         memory = available_memory() / 2 / local_processes() if memory_gib is None else memory_gib * 2**30
-        disk = free_disk / 2 / local_processes() if disk_gib is None else disk_gib * 2**30
+        disk = _free_disk() / 2 / local_processes() if disk_gib is None else disk_gib * 2**30
         return cls(memory, disk, device)
 
 
@@ -122,6 +121,14 @@ class FeatureCache:
                     self._pictures[start:end] = pictures
                 bar.update(end - start)
                 start = end
+
+
+def _free_disk() -> int:
+    """Bytes that are free in the folder of temporary files; 0 if none can be written to, as on a full disk."""
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free
+    except OSError:
+        return 0
 
 
 def _temporary_file(size: int) -> IO[bytes] | None:

@@ -37,7 +37,7 @@ class _LogFile(logging.FileHandler):
     """A file that raises a UserError where it cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exception()
+        error = sys.exc_info()[1]  # sys.exception() is of Python 3.11
         raise UserError(f"{self.baseFilename}: cannot be written ({error})") from error
 
 

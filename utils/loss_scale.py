@@ -56,5 +56,5 @@ class LossScale:
             if not 0 < scale < math.inf:
                 raise ValueError(scale)
             self._scale = scale
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}: its loss scale is damaged ({error!r}); train again") from error

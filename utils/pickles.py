@@ -5,12 +5,11 @@ texts and numbers, and in the place of functions only the stand-ins in `FUNCTION
 type, a shape and bytes. Neither time nor memory grows beyond what the file's size warrants.
 """
 
-import itertools
 import math
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,11 @@ from deploy.files import regular_file
 
 NUMBER_TYPE = re.compile(r"[biuf]\d")  # bool, integers, floats; never objects, whose bytes would be pointers
 PADDLES_NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own key in a saved state_dict
+MOST_BYTES = 2**32  # of a file; the largest shipped configuration writes 0.5 GB
 MOST_VALUES = 1_000_000  # a history of 100,000 epochs
+MOST_CHARACTERS = 10 * MOST_VALUES  # of texts, keys included, counted in each place that they are in
+MOST_INSTRUCTIONS = 3 * MOST_VALUES  # an epoch of the history takes 20 for its 9 values
+LARGEST_KEY = 2**31  # beyond it numbers can be chosen that all have the same hash, so that each finds its place late
 MOST_DIMENSIONS = 32
 
 
@@ -34,7 +37,7 @@ class _NumberType:
 
     def __init__(self, name: str, *_: Any) -> None:
         if not NUMBER_TYPE.fullmatch(_of(str, name)):
-            raise _Refused(f"an array of {name:.99}, not of numbers")
+            raise _Refused(f"an array of {name!r:.99}, not of numbers")
         self.dtype = np.dtype(name)
 
     def build(self, state: tuple) -> None:
@@ -71,7 +74,7 @@ def _make_array(number_type: _NumberType, shape: tuple[int, ...], data: bytes, o
 def _latin1(text: str, encoding: str) -> bytes:
     """_codecs.encode, which older pickle protocols need for bytes."""
     if _of(str, encoding) != "latin1":
-        raise _Refused(f"text in the encoding {encoding:.99}")
+        raise _Refused(f"text in the encoding {encoding!r:.99}")
     return text.encode("latin1")
 
 
@@ -103,18 +106,40 @@ for module in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2 name it diff
     FUNCTIONS[f"{module}.multiarray", "scalar"] = _scalar
 
 
+class _Budget:
+    """What the values of a file may still come to. Few can be in the file, each in many places."""
+
+    def __init__(self) -> None:
+        self._values, self._characters = MOST_VALUES, MOST_CHARACTERS
+
+    def spend_value(self) -> None:
+        self._values -= 1
+        if self._values < 0:
+            raise _Refused(f"more than {MOST_VALUES} values")
+
+    def spend_text(self, value: Any) -> None:
+        """Nothing for a value that is no text."""
+        self._characters -= len(value) if isinstance(value, str | bytes) else 0
+        if self._characters < 0:
+            raise _Refused(f"texts of more than {MOST_CHARACTERS} characters")
+
+
 def load_pickle(path: Path) -> Any:
     """Arrays, containers, numbers and strings of a `.pdparams` file; tensors come back as arrays.
 
     Raises:
-        UserError: missing, damaged, or holding anything else (such files can run code when unpickled).
+        UserError: missing, damaged, too large, or holding anything else (such files can run code when unpickled).
     """
     try:
-        data = regular_file(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        size = regular_file(path).stat().st_size
+        if size > MOST_BYTES:
+            raise UserError(f"{path}: has {size} bytes; a weights file has {MOST_BYTES} at most, so it is not loaded")
+        data = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", "it does not fit into the memory")
+        raise UserError(f"{path}: cannot be read ({reason})") from error
     try:
-        return _plain(_run(data), itertools.count())
+        return _plain(_run(data), _Budget())
     except _Refused as error:
         raise UserError(f"{path}: holds {error}; no weights file needs that, so it is not loaded") from error
     except Exception as error:  # a damaged pickle can fail in any way
@@ -134,7 +159,9 @@ def _run(data: bytes) -> Any:
         del stack[start:]
         return values
 
-    for opcode, argument, _ in pickletools.genops(data):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if count == MOST_INSTRUCTIONS:  # a byte can ask for an object of 64
+            raise _Refused(f"more than {MOST_INSTRUCTIONS} instructions")
         match opcode.name:
             case "PROTO":
                 if argument > pickle.HIGHEST_PROTOCOL:
@@ -159,8 +186,8 @@ def _run(data: bytes) -> Any:
             case "TUPLE":
                 stack.append(tuple(since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
+                length = int(opcode.name[-1])
+                stack[-length:] = [tuple(stack[-length:])]
             case "EMPTY_LIST":
                 stack.append([])
             case "APPEND":
@@ -174,11 +201,11 @@ def _run(data: bytes) -> Any:
             case "SETITEM":
                 key, value = stack[-2:]
                 del stack[-2:]
-                _of(dict, stack[-1])[_of(str | int, key)] = value
+                _of(dict, stack[-1])[_key(key)] = value
             case "SETITEMS":
                 values = since_mark()
                 for key, value in zip(values[::2], values[1::2], strict=True):
-                    _of(dict, stack[-1])[_of(str | int, key)] = value
+                    _of(dict, stack[-1])[_key(key)] = value
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -207,8 +234,15 @@ def _run(data: bytes) -> Any:
 
 def _function(module: str, name: str) -> Callable[..., Any]:
     if (_of(str, module), _of(str, name)) not in FUNCTIONS:
-        raise _Refused(f"{module:.99}.{name:.99}")
+        raise _Refused(repr(f"{module:.99}.{name:.99}"))  # a terminal would obey what may be in it
     return FUNCTIONS[module, name]
+
+
+def _key(value: Any) -> str | int:
+    """The value, if a dictionary may have it as a key."""
+    if isinstance(value, int) and abs(value) >= LARGEST_KEY:
+        raise _Refused("a key that is a large number")
+    return _of(str | int, value)
 
 
 def _of(kind: Any, value: Any) -> Any:
@@ -218,16 +252,18 @@ def _of(kind: Any, value: Any) -> Any:
     return value
 
 
-def _plain(value: Any, visited: Iterator[int]) -> Any:
+def _plain(value: Any, budget: _Budget) -> Any:
     """Stand-ins become arrays; `paddle.save` stores a tensor as (name, array), of which the array is kept."""
-    if next(visited) > MOST_VALUES:  # few values can be in the file, each in many places
-        raise _Refused(f"more than {MOST_VALUES} values")
+    budget.spend_value()
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Array):
         value = value[1]
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, dict):
-        return {key: _plain(item, visited) for key, item in value.items() if key != PADDLES_NAME_TABLE}
+        for key in value:
+            budget.spend_text(key)
+        return {key: _plain(item, budget) for key, item in value.items() if key != PADDLES_NAME_TABLE}
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item, visited) for item in value)
+        return type(value)(_plain(item, budget) for item in value)
+    budget.spend_text(value)
     return _of(str | bytes | int | float | np.generic | None, value)

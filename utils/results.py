@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import UserError
+from deploy.cli import UserError, printable
 
 RESULTS = Path("results")
 UNSTATED = {"source": "not stated in the checkpoint", "file": None, "sha256": None}  # of published files
@@ -49,7 +49,7 @@ def describe_backbone(provenance: dict[str, Any]) -> str:
         return provenance["source"]
     if provenance["source"] == OFFLINE:
         return f"{OFFLINE}, no ImageNet weights: accuracy figures mean nothing"
-    return f"{provenance['file']} ({provenance['source']}, sha256 {provenance['sha256'][:12]})"
+    return printable(f"{provenance['file']} ({provenance['source']}, sha256 {provenance['sha256'][:12]})")
 
 
 def describe_selection(selection: str | None) -> str:
