@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,11 +74,8 @@ def load_exported(folder: Path, backend: str = "paddle", options: Options | None
         "onnxruntime": OnnxRuntimeModel,
         "openvino": OpenvinoModel,
     }
-    try:
+    with _importing(backend):
         return classes[backend](folder, options)
-    except ImportError as error:
-        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
-        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
 
 
 class PaddleModel:
@@ -246,12 +243,26 @@ def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
 
     Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
+
+    Raises:
+        UserError: Paddle is asked for and not installed.
     """
     if cpu_threads:
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
     if backend == "paddle":
-        return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
+        with _importing(backend):
+            return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
     return int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+
+
+@contextlib.contextmanager
+def _importing(backend: str) -> Iterator[None]:
+    """Turn an import that fails into a UserError."""
+    try:
+        yield
+    except ImportError as error:
+        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
+        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
 
 
 def _wrong_size(images: Any) -> UserError:

@@ -1,8 +1,8 @@
 """Score pictures with an exported model: python deploy/infer.py --save_inference_dir ./results/inference
 --use_gpu True --image_path images/bottle_good.png
 
-Needs the exported folder, this folder, numpy, OpenCV, Pillow, PyYAML and one runtime: paddle, or for a model exported
-with --format onnx or all ONNX Runtime or OpenVINO. No training code.
+Needs the exported folder, this folder, `PACKAGES` and one runtime: paddle, or for a model exported with --format onnx
+or all ONNX Runtime or OpenVINO. No training code.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from deploy.cli import (
     warn,
 )
 from deploy.files import make_folder, write_text
-from deploy.plain_yaml import read_yaml
 
+PACKAGES = "numpy opencv-python-headless pillow pyyaml"  # beside the runtime
 LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
 
 
@@ -129,6 +129,8 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     Raises:
         UserError: no exported model there, or its files do not belong together.
     """
+    from deploy.plain_yaml import read_yaml
+
     files = model_files(folder, backend)
     for name in ("inference.yml", *files):
         if not (folder / name).is_file():
@@ -173,4 +175,4 @@ def print_benchmark(times: Any, device: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, PACKAGES)

@@ -124,4 +124,4 @@ def load(folder: Path, description: dict[str, Any], backend: str, options: Optio
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "-r requirements-serve.txt")

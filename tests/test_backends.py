@@ -264,6 +264,27 @@ def test_infer_needs_only_deploy_the_export_and_its_runtime(exported, backend, t
     assert "threads: 1" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "blocked", "said"),
+    [
+        ("infer", "yaml", "no module yaml here; pip install numpy opencv-python-headless pillow pyyaml"),
+        ("infer", "cv2", "no module cv2 here; pip install numpy"),
+        ("infer", "PIL", "no module PIL here; pip install numpy"),
+        ("infer", "paddle", "--backend paddle: cannot be imported"),
+        ("serve", "uvicorn", "no module uvicorn here; pip install -r requirements-serve.txt"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_one_line(exported, tmp_path, script, blocked, said):
+    (tmp_path / f"{blocked}.py").write_text(f"raise ModuleNotFoundError('no {blocked}', name={blocked!r})")
+    options = {"infer": ["--save_inference_dir", exported / "model", "--image_path", ROOT / "images/bottle_good.png"]}
+    options["serve"] = ["--models", exported / "model", "--port", 0]
+    command = [sys.executable, ROOT / f"deploy/{script}.py", *map(str, options[script])]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert said in done.stderr
+
+
 def test_results_as_json_lines(exported, tmp_path):
     for name in ("000", "001", "002"):
         shutil.copy(ROOT / f"lite_data/bottle/test/good/{name}.png", tmp_path)
