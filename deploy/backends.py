@@ -87,6 +87,9 @@ class PaddleModel:
 
         self.version = f"paddle {paddle.__version__}"
         program, parameters = model_files(folder, "paddle")
+        if options.use_tensorrt and program != OLD_PROGRAM:
+            # Paddle 3 runs a program of its own form in TensorRT only once paddle.tensorrt has converted it on a GPU.
+            raise UserError(f"--use_tensorrt True: Paddle has it for {OLD_PROGRAM} only, not {program}; leave it out")
         config = inference.Config(str(folder / program), str(folder / parameters))
         if program != OLD_PROGRAM:
             if not hasattr(config, "enable_new_ir"):
@@ -226,7 +229,12 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=tuple(FILES), default="paddle", help="runtime (%(default)s)")
     parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
     parser.add_argument("--use_mkldnn", type=boolean, default=True, help="paddle on a CPU: oneDNN (%(default)s)")
-    parser.add_argument("--use_tensorrt", type=boolean, default=False, help="paddle on a GPU: TensorRT (%(default)s)")
+    parser.add_argument(
+        "--use_tensorrt",
+        type=boolean,
+        default=False,
+        help=f"paddle on a GPU with {OLD_PROGRAM}: TensorRT (%(default)s)",
+    )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="where the runtime has it (%(default)s)"
     )

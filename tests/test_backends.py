@@ -327,7 +327,7 @@ def test_the_benchmark_report(exported):
         ("paddle", Options(precision="int8"), "--precision int8"),
         ("paddle", Options(precision="bf16", use_mkldnn=False), "--precision bf16"),
         ("paddle", Options(precision="fp16"), "--precision fp16"),
-        ("paddle", Options(use_tensorrt=True), "--use_tensorrt True"),
+        ("paddle", Options(use_tensorrt=True, use_gpu=True), "for inference.pdmodel only, not inference.json"),
         ("openvino", Options(use_tensorrt=True), "--use_tensorrt True"),
         ("onnxruntime", Options(precision="fp16"), "--precision fp16"),
     ],
