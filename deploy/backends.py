@@ -253,14 +253,20 @@ def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
 
     Raises:
-        UserError: Paddle is asked for and not installed.
+        UserError: Paddle is asked for and not installed, or OMP_NUM_THREADS is no number.
     """
     if cpu_threads:
         os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
     if backend == "paddle":
         with _importing(backend):
-            return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
-    return int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+            runtime.setup(verbose)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    first = given.partition(",")[0].strip()  # OpenMP takes a list: one number for each level of nested loops
+    if not first:
+        return runtime.available_cores()
+    if not first.isdecimal() or int(first) < 1:
+        raise UserError(f"OMP_NUM_THREADS={given}: must be a whole number from 1; change it or give --cpu_threads")
+    return int(first)
 
 
 @contextlib.contextmanager

@@ -139,6 +139,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     try:
         description = read_yaml(folder / "inference.yml")
         checksums = {name: description["sha256"][name] for name in files}
+        description["category"] = str(description["category"])
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
         if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
             raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
@@ -149,7 +150,9 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]
         if not all(map(math.isfinite, (*numbers, *description["std"]))) or min(description["std"]) <= 0:
             raise ValueError("a threshold, mean or std is no number that can be used")
-    except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+    except LookupError as error:
+        raise UserError(f"{folder / 'inference.yml'}: has no {error}; export again") from error
+    except (OSError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:

@@ -92,7 +92,7 @@ def named_folders(models: str, backend: str) -> dict[str, tuple[Path, dict[str, 
         name, given, folder = entry.partition("=")
         description = read_description(Path(folder if given else entry), backend)
         if not given:
-            name, folder = str(description["category"]), entry
+            name, folder = description["category"], entry
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"--models {entry}: {name!r} does not fit into an address; use letters, digits and . _ -")
         if name in named:

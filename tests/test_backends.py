@@ -425,6 +425,14 @@ def test_the_number_of_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert set_up("openvino", None) == 5
     assert set_up("openvino", 3) == 3
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert set_up("openvino", None) == set_up("paddle", None) == 4
+    for wrong in ("many", "0", "-1", "²"):
+        monkeypatch.setenv("OMP_NUM_THREADS", wrong)
+        with pytest.raises(UserError, match=f"OMP_NUM_THREADS={wrong}: must be a whole number"):
+            set_up("openvino", None)
     monkeypatch.setattr(backends.runtime, "available_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert set_up("onnxruntime", None) == set_up("paddle", None) == 7
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert set_up("onnxruntime", None) == 7

@@ -491,6 +491,11 @@ def test_bad_options_are_one_line(exported, tmp_path):
     assert str(tmp_path) in failing("--models", tmp_path)
     assert "bottle" in failing("--models", f"{exported},{exported}")
     assert "a/b" in failing("--models", f"a/b={exported}")
+    nameless = shutil.copytree(exported, tmp_path / "nameless")
+    lines = (nameless / "inference.yml").read_text().splitlines(keepends=True)
+    (nameless / "inference.yml").write_text("".join(line for line in lines if not line.startswith("category:")))
+    for models in (nameless, f"named={nameless}"):
+        assert "inference.yml: has no 'category'; export again" in failing("--models", models)
     assert "--port" in failing("--models", exported, "--port", "70000")
     assert "--max_pixels" in failing("--models", exported, "--max_pixels", "0")
     assert "--host" in failing("--models", exported, "--host", "256.0.0.1")
