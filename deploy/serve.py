@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
@@ -56,10 +56,20 @@ def port(text: str) -> int:
     return int(text)
 
 
+def end(*_: object) -> NoReturn:
+    """At SIGTERM: end the process with code 0, and let no further signal disturb that.
+
+    Python gives signals back their default as it ends, except those that are ignored; a second one would kill it then.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def main() -> None:
     args = parse_args()
     # uvicorn answers what it has taken on, then hands the signal back; without a handler it would kill the process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, end)
     folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
     options = asked_for(args)

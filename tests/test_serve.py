@@ -478,6 +478,15 @@ def test_at_sigterm_it_answers_what_it_took_on_and_ends_with_0(exported):
         assert process.end() == (0, "")
 
 
+def test_more_than_one_signal_does_not_kill_it(exported):
+    with Process("--models", exported) as process:
+        given_up = time.monotonic() + 30
+        while process.process.poll() is None and time.monotonic() < given_up:
+            process.process.send_signal(signal.SIGTERM)  # at every moment of its end
+            time.sleep(0.001)
+        assert (process.process.wait(1), process.process.stderr.read()) == (0, "")
+
+
 def failing(*options):
     """Run it with options that must fail with one line on stderr; return the line."""
     command = [sys.executable, ROOT / "deploy/serve.py", *map(str, options)]
