@@ -255,18 +255,16 @@ def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     Raises:
         UserError: Paddle is asked for and not installed, or OMP_NUM_THREADS is no number.
     """
-    if cpu_threads:
-        os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
+    given = str(cpu_threads or os.environ.get("OMP_NUM_THREADS", ""))
+    first = given.partition(",")[0].strip()  # OpenMP takes a list: one number for each level of nested loops
+    if first and (not first.isdecimal() or int(first) < 1):
+        raise UserError(f"OMP_NUM_THREADS={given}: must be a whole number from 1; change it or give --cpu_threads")
+    threads = int(first or runtime.available_cores())
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of what is empty or a list Paddle would make 1
     if backend == "paddle":
         with _importing(backend):
             runtime.setup(verbose)
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    first = given.partition(",")[0].strip()  # OpenMP takes a list: one number for each level of nested loops
-    if not first:
-        return runtime.available_cores()
-    if not first.isdecimal() or int(first) < 1:
-        raise UserError(f"OMP_NUM_THREADS={given}: must be a whole number from 1; change it or give --cpu_threads")
-    return int(first)
+    return threads
 
 
 @contextlib.contextmanager
