@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class Backend(Protocol):
         """(B, 3, H, W) float32 -> anomaly map (B, 1, H, W), smoothed map (B, 1, H, W), image score (B).
 
         Raises:
-            UserError: the model is one for another size.
+            UserError: the model is one for another size, or the run failed, for want of memory perhaps.
         """
         ...
 
@@ -140,14 +141,13 @@ class PaddleModel:
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        self._input.reshape(images.shape)
-        self._input.copy_from_cpu(images)
-        try:
+        # Its predictor does not tell the model's size; what the run fails of does.
+        with _running(self.version, images, "export again if that is not the model's size"):
+            self._input.reshape(images.shape)
+            self._input.copy_from_cpu(images)
             self._predictor.run()
-        except Exception as error:  # Paddle raises its own kinds
-            raise _wrong_size(images) from error
-        names = self._predictor.get_output_names()
-        return [self._predictor.get_output_handle(name).copy_to_cpu() for name in names]
+            names = self._predictor.get_output_names()
+            return [self._predictor.get_output_handle(name).copy_to_cpu() for name in names]
 
 
 class OnnxRuntimeModel:
@@ -164,7 +164,7 @@ class OnnxRuntimeModel:
             warn("--use_gpu True: this ONNX Runtime has no CUDA; running on the CPU")
         session = onnxruntime.SessionOptions()
         session.intra_op_num_threads = options.threads
-        session.log_severity_level = 3  # errors
+        session.log_severity_level = 4  # none but fatal errors: the others are raised too
         providers: list[Any] = ["CPUExecutionProvider"]
         file = folder / "inference.onnx"
         try:
@@ -182,10 +182,9 @@ class OnnxRuntimeModel:
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        try:
+        _check_size(images, self._session.get_inputs()[0].shape[1:])
+        with _running(self.version, images):
             return self._session.run(None, {"images": images})
-        except Exception as error:  # ONNX Runtime raises its own kinds
-            raise _wrong_size(images) from error
 
 
 class OpenvinoModel:
@@ -218,10 +217,10 @@ class OpenvinoModel:
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        if list(images.shape[1:]) != self._size:  # OpenVINO 2026.4 would read what is not there
-            raise _wrong_size(images)
-        results = self._request.infer([images])
-        return [results[i] for i in range(3)]
+        _check_size(images, self._size)  # OpenVINO 2026.4 would read what is not there
+        with _running(self.version, images):
+            results = self._request.infer([images])
+            return [results[i] for i in range(3)]
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
@@ -277,5 +276,21 @@ def _importing(backend: str) -> Iterator[None]:
         raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
 
 
-def _wrong_size(images: Any) -> UserError:
-    return UserError(f"the exported model cannot take pictures {images.shape}; export again")
+def _check_size(images: Any, size: list[int]) -> None:
+    """Compare the pictures with what the model takes, (3, H, W)."""
+    if list(images.shape[1:]) != size:
+        raise UserError(f"the exported model takes pictures of {size}, not {list(images.shape[1:])}; export again")
+
+
+@contextlib.contextmanager
+def _running(version: str, images: Any, *advice: str) -> Iterator[None]:
+    """Turn the failure of a run, of whatever kind the runtime raises, into a UserError that tells its reason."""
+    try:
+        yield
+    except Exception as error:
+        # Paddle puts many lines around the one that begins with the kind of error.
+        reason = re.search(r"\w+Error: .*", str(error))
+        what = "; ".join((*advice, "run smaller batches if memory is short"))
+        raise UserError(
+            f"{version} failed on pictures {list(images.shape)} ({reason[0] if reason else error}); {what}"
+        ) from error

@@ -175,8 +175,35 @@ def check(model, loaded):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pictures_of_another_size_are_refused(exported, backend):
     loaded = load_exported(exported / "model", backend)
-    with pytest.raises(UserError, match="export again"):
+    with pytest.raises(UserError, match=r"3, 32, 32\].*export again") as error:
         loaded.run(np.zeros((1, 3, 32, 32), np.float32))
+    assert len(str(error.value)) < 400
+
+
+LITTLE_MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import numpy as np
+from deploy.backends import Options, load_exported, set_up
+from deploy.cli import run_main
+def main():
+    set_up(sys.argv[3], 1)
+    model = load_exported(Path(sys.argv[2]), sys.argv[3], Options(threads=1))
+    images = np.zeros((4000, 3, 64, 96), np.float32)
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20, resource.RLIM_INFINITY))
+    model.run(images)
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_too_little_memory_for_a_batch_is_one_line_that_says_so(exported, backend):
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(ROOT), str(exported / "model"), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "run smaller batches if memory is short" in done.stderr
 
 
 def test_the_description_tells_where_the_model_comes_from(exported):
