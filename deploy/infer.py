@@ -73,8 +73,9 @@ def main() -> int:
     height, width = description["input_size"]
     image_threshold = description["image_threshold"] if args.image_threshold is None else args.image_threshold
     pixel_threshold = description["pixel_threshold"] if args.pixel_threshold is None else args.pixel_threshold
-    if args.save_json:
-        make_folder(Path(args.save_json).parent)  # better said now than after all the work
+    for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
+        if target:
+            make_folder(Path(target))  # better said now than after all the work
     options = asked_for(args)
     model = load_exported(folder, args.backend, options)
 
@@ -84,43 +85,50 @@ def main() -> int:
     for _ in range(args.warmup):
         model.run(blank)
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
-    results: list[dict[str, Any]] = []
+    results: dict[Path, dict[str, Any]] = {}
     drawings = drawing_paths(paths, Path(args.output_dir or "."))
-    for start in range(0, len(paths), args.batch_size):
-        begun = time.perf_counter()
-        pictures = {}
-        for path in paths[start : start + args.batch_size]:
-            try:
-                pictures[path] = read_rgb(path)
-            except UserError as error:
-                report_error(error)  # the other pictures still count
-                results.append({"path": str(path), "error": str(error)})
-        if not pictures:
-            continue
-        batch = np.concatenate(
-            [preprocess(p, height, width, description["mean"], description["std"]) for p in pictures.values()]
-        )
-        read = time.perf_counter()
-        _, smoothed, scores = model.run(batch)
-        run = time.perf_counter()
-        for (path, picture), value, anomaly_map in zip(pictures.items(), scores, smoothed, strict=True):
-            score = float(value)
-            prefix = "" if len(paths) == 1 else f"{path}  "
-            print(prefix + decision_line(score, image_threshold))
-            result = {"path": str(path), "score": score, "label": label(score, image_threshold)}
-            results.append({**result, "threshold": image_threshold})
-            if args.output_dir:
-                drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
-                write_picture(drawings[path], drawing)
-        stages = (read - begun, run - read, time.perf_counter() - run)
-        times += [tuple(seconds / len(pictures) for seconds in stages)] * len(pictures)
-    if args.save_json:
-        write_text(Path(args.save_json), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+    try:
+        for start in range(0, len(paths), args.batch_size):
+            begun = time.perf_counter()
+            pictures = {}
+            for path in paths[start : start + args.batch_size]:
+                results[path] = {"path": str(path)}
+                try:
+                    pictures[path] = read_rgb(path)
+                except UserError as error:
+                    report_error(error)  # the other pictures still count
+                    results[path]["error"] = str(error)
+            if not pictures:
+                continue
+            batch = np.concatenate(
+                [preprocess(p, height, width, description["mean"], description["std"]) for p in pictures.values()]
+            )
+            read = time.perf_counter()
+            _, smoothed, scores = model.run(batch)
+            run = time.perf_counter()
+            for (path, picture), value, anomaly_map in zip(pictures.items(), scores, smoothed, strict=True):
+                score = float(value)
+                prefix = "" if len(paths) == 1 else f"{path}  "
+                print(prefix + decision_line(score, image_threshold))
+                results[path] |= {"score": score, "label": label(score, image_threshold), "threshold": image_threshold}
+                if args.output_dir:
+                    drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
+                    try:
+                        write_picture(drawings[path], drawing)
+                    except UserError as error:
+                        report_error(error)  # its score still counts
+                        results[path]["error"] = str(error)
+            stages = (read - begun, run - read, time.perf_counter() - run)
+            times += [tuple(seconds / len(pictures) for seconds in stages)] * len(pictures)
+    finally:  # whatever ended it, what was found is kept
+        if args.save_json:
+            known = [result for result in results.values() if len(result) > 1]  # not of a batch under way
+            write_text(Path(args.save_json), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in known))
     if args.benchmark and times:
         print(f"backend: {model.version}, device: {model.device}, precision: {args.precision}, ", end="")
         print(f"batch_size: {args.batch_size}, threads: {options.threads}, pictures: {len(times)}")
         print_benchmark(np.array(times), model.device)
-    return 0 if len(times) == len(paths) else 2
+    return 2 if any("error" in result for result in results.values()) else 0
 
 
 def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:

@@ -321,7 +321,7 @@ def test_results_as_json_lines(exported, tmp_path):
     assert done.returncode == 2
     lines = [json.loads(line) for line in (exported / "out/results.jsonl").read_text().splitlines()]
     by_name = {Path(line["path"]).name: line for line in lines}
-    assert len(lines) == 3
+    assert list(by_name) == ["000.png", "001.png", "002.png"]
     assert set(by_name["001.png"]) == {"path", "error"}
     for name in ("000.png", "002.png"):
         line = by_name[name]
@@ -329,6 +329,37 @@ def test_results_as_json_lines(exported, tmp_path):
         assert line["threshold"] == 0.5
         assert line["label"] == label(line["score"], 0.5)
         assert f"{name}  {line['label']} - score:  {line['score']:.3f}\n" in done.stdout
+
+
+def test_a_picture_that_cannot_be_written_costs_no_result(exported, tmp_path):
+    (tmp_path / "drawings/001.png.jpg").mkdir(parents=True)  # in the way of its picture
+    options = ("--save_inference_dir", "model", "--image_path", ROOT / "lite_data/bottle/test/good", "--batch_size", 3)
+    done = infer(exported, *options, "--output_dir", tmp_path / "drawings", "--save_json", tmp_path / "results.jsonl")
+    assert (done.returncode, done.stderr.count("\n"), done.stdout.count("score:")) == (2, 1, 8), done.stderr
+    assert "001.png.jpg: cannot be written" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == len(list((tmp_path / "drawings").iterdir())) == 8
+    assert set(lines[1]) == {"path", "score", "label", "threshold", "error"}
+
+
+def test_what_ends_it_half_way_costs_no_result_before(exported, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.imaging as i; read = i.read_rgb\n"
+    code += "def stop(path):\n    if path.name == '005.png': raise KeyboardInterrupt\n    return read(path)\n"
+    code += "i.read_rgb = stop; runpy.run_module('deploy.infer', run_name='__main__')"
+    options = ["--save_inference_dir", exported / "model", "--image_path", ROOT / "lite_data/bottle/test/good"]
+    command = [sys.executable, "-c", code, *map(str, options), "--batch_size", "3", "--save_json", "results.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [Path(line["path"]).name for line in lines] == ["000.png", "001.png", "002.png"]
+
+
+def test_a_folder_for_pictures_that_cannot_be_made_is_said_before_the_work(exported, tmp_path):
+    (tmp_path / "file").touch()
+    options = ("--save_inference_dir", "model", "--image_path", ROOT / "images/bottle_good.png")
+    done = infer(exported, *options, "--output_dir", tmp_path / "file/drawings")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "cannot create this folder" in done.stderr
 
 
 def test_the_benchmark_report(exported):
