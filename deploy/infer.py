@@ -73,6 +73,7 @@ def main() -> int:
     height, width = description["input_size"]
     image_threshold = description["image_threshold"] if args.image_threshold is None else args.image_threshold
     pixel_threshold = description["pixel_threshold"] if args.pixel_threshold is None else args.pixel_threshold
+    drawings = drawing_paths(paths, Path(args.output_dir)) if args.output_dir else {}
     for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
         if target:
             make_folder(Path(target))  # better said now than after all the work
@@ -86,7 +87,6 @@ def main() -> int:
         model.run(blank)
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
     results: dict[Path, dict[str, Any]] = {}
-    drawings = drawing_paths(paths, Path(args.output_dir or "."))
     try:
         for start in range(0, len(paths), args.batch_size):
             begun = time.perf_counter()
@@ -111,7 +111,7 @@ def main() -> int:
                 prefix = "" if len(paths) == 1 else f"{path}  "
                 print(prefix + decision_line(score, image_threshold))
                 results[path] |= {"score": score, "label": label(score, image_threshold), "threshold": image_threshold}
-                if args.output_dir:
+                if drawings:
                     drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
                     try:
                         write_picture(drawings[path], drawing)

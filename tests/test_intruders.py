@@ -267,8 +267,7 @@ def test_links_in_circles_are_no_pictures_and_no_endless_walk(tmp_path):
         list_images(tmp_path)
     with pytest.raises(UserError, match=r"a\.png"):
         read_rgb(tmp_path / "a.png")
-    with pytest.raises(UserError):
-        list_images(tmp_path / "**/*.png")
+    assert [path.name for path in list_images(tmp_path / "**/*.png")] == ["a.png", "b.png"]  # once; neither is read
 
 
 # ---- names
