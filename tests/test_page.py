@@ -235,6 +235,15 @@ def test_a_picture_that_the_browser_cannot_show_still_has_its_heat_map(page, tmp
     assert not shown.locator("img").is_visible()
 
 
+def test_a_heat_map_that_cannot_be_drawn_holds_nothing_up(page):
+    page.evaluate("HTMLCanvasElement.prototype.getContext = () => null")
+    for _ in range(5):  # more than are sent at once
+        upload(page, BAD)
+    expect(page.locator("article .error", has_text="heat map cannot be drawn")).to_have_count(5)
+    assert all(re.fullmatch(r"\d\.\d{3}", score) for score in page.locator("article .score").all_inner_texts())
+    assert page.evaluate("sending") == 0
+
+
 def test_the_keyboard_is_enough(page):
     names = []
     for _ in range(7):

@@ -30,6 +30,7 @@ const TEXTS = {
     waiting: "waiting …",
     failed: "error",
     noPreview: "This browser cannot show this kind of picture; only its heat map is shown.",
+    noHeat: "The heat map cannot be drawn in this browser.",
     bar: (score, threshold) => `score ${score}, threshold ${threshold}`,
     progress: (done, all, anomalies, errors) =>
       `${done} of ${all} pictures, ${anomalies} with an anomaly, ${errors} with an error`,
@@ -70,6 +71,7 @@ const TEXTS = {
     waiting: "等待中……",
     failed: "错误",
     noPreview: "浏览器无法显示这种图片，只显示热力图。",
+    noHeat: "浏览器无法画出热力图。",
     bar: (score, threshold) => `分数 ${score}，阈值 ${threshold}`,
     progress: (done, all, anomalies, errors) => `${all} 张图片，已完成 ${done} 张，异常 ${anomalies} 张，出错 ${errors} 张`,
     errors: {
