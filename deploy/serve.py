@@ -45,6 +45,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max_pixels", type=positive_int, default=32_000_000, help="of a picture; beyond: 422 (%(default)s)"
     )
+    parser.add_argument(
+        "--upload_seconds",
+        type=positive_int,
+        default=30,
+        help="that a request may take to come; beyond: 408 (%(default)s)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log requests, say what the runtime set-up chose")
     return parser.parse_args()
 
@@ -83,7 +89,7 @@ def main() -> None:
         model = load(folder, description, args.backend, options)
         batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
         models[name] = ServedModel(description, batcher)
-    app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels))
+    app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels, args.upload_seconds))
     # A client that neither sends nor hangs up holds the end up for so many seconds at most.
     config = uvicorn.Config(app, log_level="info" if args.verbose else "warning", timeout_graceful_shutdown=60)
     host, bound = listener.getsockname()[:2]

@@ -478,6 +478,17 @@ def test_at_sigterm_it_answers_what_it_took_on_and_ends_with_0(exported):
         assert process.end() == (0, "")
 
 
+def test_how_long_an_upload_may_take_is_an_option(exported):
+    with Process("--models", exported, "--upload_seconds", 1) as process:
+        connection = http.client.HTTPConnection(process.url.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", PREDICT)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"{")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["detail"]) == (408, "the upload took more than 1 seconds")
+
+
 def test_more_than_one_signal_does_not_kill_it(exported):
     with Process("--models", exported) as process:
         given_up = time.monotonic() + 30

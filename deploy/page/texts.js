@@ -37,6 +37,7 @@ const TEXTS = {
     errors: {
       0: "The server cannot be reached",
       404: "The model is gone; load this page again",
+      408: "The upload took too long; try a better connection or a smaller picture",
       413: "The file is too large",
       422: "Not a readable picture",
       503: "The server is busy; try again later",
@@ -77,6 +78,7 @@ const TEXTS = {
     errors: {
       0: "无法连接服务器",
       404: "模型已不存在，请刷新页面",
+      408: "上传时间太长，请换更好的网络或更小的图片",
       413: "文件太大",
       422: "不是可读的图片",
       503: "服务器正忙，请稍后再试",
