@@ -252,7 +252,10 @@ np.save("scores.npy", np.concatenate([model.run(images[:count])[2] for count in 
 
 
 def test_a_fresh_process_with_onednn_whose_first_batch_is_8(full_size, full_results, tmp_path):
-    """A constant on the right of a matmul crashed about every second such process, see `models.fastflow.BothAxes`."""
+    """With constants on the right of a matmul two of four such processes crashed, see `models.fastflow.BothAxes`.
+
+    Not on every CPU: on one with AVX2 and no AVX-512 neither wrong numbers nor a crash could be brought about.
+    """
     images, (_, _, scores) = full_results
     np.save(tmp_path / "images.npy", images[:8])
     for _ in range(3):
