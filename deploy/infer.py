@@ -158,9 +158,9 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]
         if not all(map(math.isfinite, (*numbers, *description["std"]))) or min(description["std"]) <= 0:
             raise ValueError("a threshold, mean or std is no number that can be used")
-    except LookupError as error:
+    except KeyError as error:
         raise UserError(f"{folder / 'inference.yml'}: has no {error}; export again") from error
-    except (OSError, TypeError, ValueError, OverflowError) as error:
+    except (OSError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
