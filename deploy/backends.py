@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import io
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ class Backend(Protocol):
         """(B, 3, H, W) float32 -> anomaly map (B, 1, H, W), smoothed map (B, 1, H, W), image score (B).
 
         Raises:
-            UserError: the model is one for another size.
+            UserError: the model is one for another size, or the run failed, for want of memory perhaps.
         """
         ...
 
@@ -74,11 +75,8 @@ def load_exported(folder: Path, backend: str = "paddle", options: Options | None
         "onnxruntime": OnnxRuntimeModel,
         "openvino": OpenvinoModel,
     }
-    try:
+    with _importing(backend):
         return classes[backend](folder, options)
-    except ImportError as error:
-        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
-        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
 
 
 class PaddleModel:
@@ -90,6 +88,9 @@ class PaddleModel:
 
         self.version = f"paddle {paddle.__version__}"
         program, parameters = model_files(folder, "paddle")
+        if options.use_tensorrt and program != OLD_PROGRAM:
+            # Paddle 3 runs a program of its own form in TensorRT only once paddle.tensorrt has converted it on a GPU.
+            raise UserError(f"--use_tensorrt True: Paddle has it for {OLD_PROGRAM} only, not {program}; leave it out")
         config = inference.Config(str(folder / program), str(folder / parameters))
         if program != OLD_PROGRAM:
             if not hasattr(config, "enable_new_ir"):
@@ -140,14 +141,13 @@ class PaddleModel:
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        self._input.reshape(images.shape)
-        self._input.copy_from_cpu(images)
-        try:
+        # Its predictor does not tell the model's size; what the run fails of does.
+        with _running(self.version, images, "export again if that is not the model's size"):
+            self._input.reshape(images.shape)
+            self._input.copy_from_cpu(images)
             self._predictor.run()
-        except Exception as error:  # Paddle raises its own kinds
-            raise _wrong_size(images) from error
-        names = self._predictor.get_output_names()
-        return [self._predictor.get_output_handle(name).copy_to_cpu() for name in names]
+            names = self._predictor.get_output_names()
+            return [self._predictor.get_output_handle(name).copy_to_cpu() for name in names]
 
 
 class OnnxRuntimeModel:
@@ -164,7 +164,7 @@ class OnnxRuntimeModel:
             warn("--use_gpu True: this ONNX Runtime has no CUDA; running on the CPU")
         session = onnxruntime.SessionOptions()
         session.intra_op_num_threads = options.threads
-        session.log_severity_level = 3  # errors
+        session.log_severity_level = 4  # none but fatal errors: the others are raised too
         providers: list[Any] = ["CPUExecutionProvider"]
         file = folder / "inference.onnx"
         try:
@@ -182,10 +182,9 @@ class OnnxRuntimeModel:
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        try:
+        _check_size(images, self._session.get_inputs()[0].shape[1:])
+        with _running(self.version, images):
             return self._session.run(None, {"images": images})
-        except Exception as error:  # ONNX Runtime raises its own kinds
-            raise _wrong_size(images) from error
 
 
 class OpenvinoModel:
@@ -218,10 +217,10 @@ class OpenvinoModel:
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
-        if list(images.shape[1:]) != self._size:  # OpenVINO 2026.4 would read what is not there
-            raise _wrong_size(images)
-        results = self._request.infer([images])
-        return [results[i] for i in range(3)]
+        _check_size(images, self._size)  # OpenVINO 2026.4 would read what is not there
+        with _running(self.version, images):
+            results = self._request.infer([images])
+            return [results[i] for i in range(3)]
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +228,12 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=tuple(FILES), default="paddle", help="runtime (%(default)s)")
     parser.add_argument("--use_gpu", type=boolean, default=False, help="True or False (%(default)s)")
     parser.add_argument("--use_mkldnn", type=boolean, default=True, help="paddle on a CPU: oneDNN (%(default)s)")
-    parser.add_argument("--use_tensorrt", type=boolean, default=False, help="paddle on a GPU: TensorRT (%(default)s)")
+    parser.add_argument(
+        "--use_tensorrt",
+        type=boolean,
+        default=False,
+        help=f"paddle on a GPU with {OLD_PROGRAM}: TensorRT (%(default)s)",
+    )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="where the runtime has it (%(default)s)"
     )
@@ -246,13 +250,47 @@ def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
 
     Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
+
+    Raises:
+        UserError: Paddle is asked for and not installed, or OMP_NUM_THREADS is no number.
     """
-    if cpu_threads:
-        os.environ["OMP_NUM_THREADS"] = str(cpu_threads)
+    given = str(cpu_threads or os.environ.get("OMP_NUM_THREADS", ""))
+    first = given.partition(",")[0].strip()  # OpenMP takes a list: one number for each level of nested loops
+    if first and (not first.isdecimal() or int(first) < 1):
+        raise UserError(f"OMP_NUM_THREADS={given}: must be a whole number from 1; change it or give --cpu_threads")
+    threads = int(first or runtime.available_cores())
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of what is empty or a list Paddle would make 1
     if backend == "paddle":
-        return int(runtime.setup(verbose)["OMP_NUM_THREADS"])
-    return int(os.environ.get("OMP_NUM_THREADS", runtime.available_cores()))
+        with _importing(backend):
+            runtime.setup(verbose)
+    return threads
 
 
-def _wrong_size(images: Any) -> UserError:
-    return UserError(f"the exported model cannot take pictures {images.shape}; export again")
+@contextlib.contextmanager
+def _importing(backend: str) -> Iterator[None]:
+    """Turn an import that fails into a UserError."""
+    try:
+        yield
+    except ImportError as error:
+        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
+        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
+
+
+def _check_size(images: Any, size: list[int]) -> None:
+    """Compare the pictures with what the model takes, (3, H, W)."""
+    if list(images.shape[1:]) != size:
+        raise UserError(f"the exported model takes pictures of {size}, not {list(images.shape[1:])}; export again")
+
+
+@contextlib.contextmanager
+def _running(version: str, images: Any, *advice: str) -> Iterator[None]:
+    """Turn the failure of a run, of whatever kind the runtime raises, into a UserError that tells its reason."""
+    try:
+        yield
+    except Exception as error:
+        # Paddle puts many lines around the one that begins with the kind of error.
+        reason = re.search(r"\w+Error: .*", str(error))
+        what = "; ".join((*advice, "run smaller batches if memory is short"))
+        raise UserError(
+            f"{version} failed on pictures {list(images.shape)} ({reason[0] if reason else error}); {what}"
+        ) from error

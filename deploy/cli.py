@@ -83,8 +83,13 @@ def report_error(error: Exception) -> None:
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Call a script's `main` and end the process with its exit code; bad input is one line and code 2."""
+def run_main(main: Callable[[], int | None], packages: str = "-r requirements.txt") -> None:
+    """Call a script's `main` and end the process with its exit code; bad input is one line and code 2.
+
+    Args:
+        main: the script; it imports within itself what may not be installed.
+        packages: what to give to pip where a module is not installed.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
     try:
@@ -92,6 +97,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         report_error(error)
+        code = 2
+    except ModuleNotFoundError as error:
+        report_error(Exception(f"Python has no module {error.name} here; pip install {packages}"))
         code = 2
     except BrokenPipeError:  # whoever read the output has seen enough
         _silence()

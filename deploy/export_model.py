@@ -78,6 +78,7 @@ def main() -> None:
         "image_threshold": thresholds.image,
         "pixel_threshold": thresholds.pixel,
         "threshold_rule": thresholds.rule,
+        "pixel_threshold_rule": thresholds.pixel_rule,
         "checkpoint": str(checkpoint_path),
         "checkpoint_sha256": sha256(checkpoint_path),
         "epoch": int(checkpoint["epoch"]),

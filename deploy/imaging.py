@@ -24,7 +24,9 @@ PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """Picture files, sorted: of a file itself, a folder (not its subfolders) or a glob pattern.
+    """Files, sorted: a file itself, the pictures of a folder (not of its subfolders) or what a glob pattern matches.
+
+    Files that are named, by a pattern too, are taken at their word: reading one that is no picture says so.
 
     Raises:
         UserError: nothing there.
@@ -38,7 +40,7 @@ def list_images(path: str | Path) -> list[Path]:
         elif path and Path(path).exists():
             return [Path(path)]
         else:
-            found = [file for file in _matches(path) if is_image(file)]
+            found = [file for file in _matches(path) if not file.is_dir()]
     except OSError as error:  # a name too long, a folder that may not be read
         raise UserError(f"{path}: cannot be looked at ({error.strerror})") from error
     if not found:
@@ -60,9 +62,17 @@ def _matches(pattern: str) -> set[Path]:
 
 
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """Where to write the drawing of each picture: `folder`, the subfolders in which the pictures differ, name.jpg."""
+    """Where to write the drawing of each picture: `folder`, the subfolders in which the pictures differ, name.jpg.
+
+    Raises:
+        UserError: beside several pictures; who asks for all of their folder again would get the drawings scored.
+    """
     top = os.path.commonpath([path.parent for path in images])
-    return {path: folder / f"{path.relative_to(top)}.jpg" for path in images}
+    drawings = {path: folder / f"{path.relative_to(top)}.jpg" for path in images}
+    beside = {path.parent.resolve() for path in images} & {path.parent.resolve() for path in drawings.values()}
+    if len(images) > 1 and beside:
+        raise UserError(f"{beside.pop()}: holds the pictures; their drawings must go to another folder, or move them")
+    return drawings
 
 
 def is_image(path: Path) -> bool:

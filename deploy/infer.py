@@ -1,8 +1,8 @@
 """Score pictures with an exported model: python deploy/infer.py --save_inference_dir ./results/inference
 --use_gpu True --image_path images/bottle_good.png
 
-Needs the exported folder, this folder, numpy, OpenCV, Pillow, PyYAML and one runtime: paddle, or for a model exported
-with --format onnx or all ONNX Runtime or OpenVINO. No training code.
+Needs the exported folder, this folder, `PACKAGES` and one runtime: paddle, or for a model exported with --format onnx
+or all ONNX Runtime or OpenVINO. No training code.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from deploy.cli import (
     warn,
 )
 from deploy.files import make_folder, write_text
-from deploy.plain_yaml import read_yaml
 
+PACKAGES = "numpy opencv-python-headless pillow pyyaml"  # beside the runtime
 LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
 
 
@@ -73,8 +73,10 @@ def main() -> int:
     height, width = description["input_size"]
     image_threshold = description["image_threshold"] if args.image_threshold is None else args.image_threshold
     pixel_threshold = description["pixel_threshold"] if args.pixel_threshold is None else args.pixel_threshold
-    if args.save_json:
-        make_folder(Path(args.save_json).parent)  # better said now than after all the work
+    drawings = drawing_paths(paths, Path(args.output_dir)) if args.output_dir else {}
+    for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
+        if target:
+            make_folder(Path(target))  # better said now than after all the work
     options = asked_for(args)
     model = load_exported(folder, args.backend, options)
 
@@ -84,43 +86,49 @@ def main() -> int:
     for _ in range(args.warmup):
         model.run(blank)
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
-    results: list[dict[str, Any]] = []
-    drawings = drawing_paths(paths, Path(args.output_dir or "."))
-    for start in range(0, len(paths), args.batch_size):
-        begun = time.perf_counter()
-        pictures = {}
-        for path in paths[start : start + args.batch_size]:
-            try:
-                pictures[path] = read_rgb(path)
-            except UserError as error:
-                report_error(error)  # the other pictures still count
-                results.append({"path": str(path), "error": str(error)})
-        if not pictures:
-            continue
-        batch = np.concatenate(
-            [preprocess(p, height, width, description["mean"], description["std"]) for p in pictures.values()]
-        )
-        read = time.perf_counter()
-        _, smoothed, scores = model.run(batch)
-        run = time.perf_counter()
-        for (path, picture), value, anomaly_map in zip(pictures.items(), scores, smoothed, strict=True):
-            score = float(value)
-            prefix = "" if len(paths) == 1 else f"{path}  "
-            print(prefix + decision_line(score, image_threshold))
-            result = {"path": str(path), "score": score, "label": label(score, image_threshold)}
-            results.append({**result, "threshold": image_threshold})
-            if args.output_dir:
-                drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
-                write_picture(drawings[path], drawing)
-        stages = (read - begun, run - read, time.perf_counter() - run)
-        times += [tuple(seconds / len(pictures) for seconds in stages)] * len(pictures)
-    if args.save_json:
-        write_text(Path(args.save_json), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+    results: dict[Path, dict[str, Any]] = {}
+    try:
+        for start in range(0, len(paths), args.batch_size):
+            begun = time.perf_counter()
+            pictures = {}
+            for path in paths[start : start + args.batch_size]:
+                results[path] = {"path": str(path)}
+                try:
+                    pictures[path] = read_rgb(path)
+                except UserError as error:
+                    report_error(error)  # the other pictures still count
+                    results[path]["error"] = str(error)
+            if not pictures:
+                continue
+            batch = np.concatenate(
+                [preprocess(p, height, width, description["mean"], description["std"]) for p in pictures.values()]
+            )
+            read = time.perf_counter()
+            _, smoothed, scores = model.run(batch)
+            run = time.perf_counter()
+            for (path, picture), value, anomaly_map in zip(pictures.items(), scores, smoothed, strict=True):
+                score = float(value)
+                prefix = "" if len(paths) == 1 else f"{path}  "
+                print(prefix + decision_line(score, image_threshold))
+                results[path] |= {"score": score, "label": label(score, image_threshold), "threshold": image_threshold}
+                if drawings:
+                    drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
+                    try:
+                        write_picture(drawings[path], drawing)
+                    except UserError as error:
+                        report_error(error)  # its score still counts
+                        results[path]["error"] = str(error)
+            stages = (read - begun, run - read, time.perf_counter() - run)
+            times += [tuple(seconds / len(pictures) for seconds in stages)] * len(pictures)
+    finally:  # whatever ended it, what was found is kept
+        if args.save_json:
+            known = [result for result in results.values() if len(result) > 1]  # not of a batch under way
+            write_text(Path(args.save_json), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in known))
     if args.benchmark and times:
         print(f"backend: {model.version}, device: {model.device}, precision: {args.precision}, ", end="")
         print(f"batch_size: {args.batch_size}, threads: {options.threads}, pictures: {len(times)}")
         print_benchmark(np.array(times), model.device)
-    return 0 if len(times) == len(paths) else 2
+    return 2 if any("error" in result for result in results.values()) else 0
 
 
 def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
@@ -129,6 +137,8 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     Raises:
         UserError: no exported model there, or its files do not belong together.
     """
+    from deploy.plain_yaml import read_yaml
+
     files = model_files(folder, backend)
     for name in ("inference.yml", *files):
         if not (folder / name).is_file():
@@ -137,6 +147,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     try:
         description = read_yaml(folder / "inference.yml")
         checksums = {name: description["sha256"][name] for name in files}
+        description["category"] = str(description["category"])
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
         if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
             raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
@@ -147,7 +158,9 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]
         if not all(map(math.isfinite, (*numbers, *description["std"]))) or min(description["std"]) <= 0:
             raise ValueError("a threshold, mean or std is no number that can be used")
-    except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+    except KeyError as error:
+        raise UserError(f"{folder / 'inference.yml'}: has no {error}; export again") from error
+    except (OSError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
@@ -173,4 +186,4 @@ def print_benchmark(times: Any, device: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, PACKAGES)

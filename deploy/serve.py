@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
@@ -45,6 +45,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max_pixels", type=positive_int, default=32_000_000, help="of a picture; beyond: 422 (%(default)s)"
     )
+    parser.add_argument(
+        "--upload_seconds",
+        type=positive_int,
+        default=30,
+        help="that a request may take to come; beyond: 408 (%(default)s)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log requests, say what the runtime set-up chose")
     return parser.parse_args()
 
@@ -56,10 +62,20 @@ def port(text: str) -> int:
     return int(text)
 
 
+def end(*_: object) -> NoReturn:
+    """At SIGTERM: end the process with code 0, and let no further signal disturb that.
+
+    Python gives signals back their default as it ends, except those that are ignored; a second one would kill it then.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def main() -> None:
     args = parse_args()
     # uvicorn answers what it has taken on, then hands the signal back; without a handler it would kill the process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, end)
     folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
     options = asked_for(args)
@@ -73,7 +89,7 @@ def main() -> None:
         model = load(folder, description, args.backend, options)
         batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
         models[name] = ServedModel(description, batcher)
-    app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels))
+    app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels, args.upload_seconds))
     # A client that neither sends nor hangs up holds the end up for so many seconds at most.
     config = uvicorn.Config(app, log_level="info" if args.verbose else "warning", timeout_graceful_shutdown=60)
     host, bound = listener.getsockname()[:2]
@@ -92,7 +108,7 @@ def named_folders(models: str, backend: str) -> dict[str, tuple[Path, dict[str, 
         name, given, folder = entry.partition("=")
         description = read_description(Path(folder if given else entry), backend)
         if not given:
-            name, folder = str(description["category"]), entry
+            name, folder = description["category"], entry
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"--models {entry}: {name!r} does not fit into an address; use letters, digits and . _ -")
         if name in named:
@@ -124,4 +140,4 @@ def load(folder: Path, description: dict[str, Any], backend: str, options: Optio
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "-r requirements-serve.txt")

@@ -5,7 +5,7 @@
 #
 # Lines 1 to 32 of CONFIG are those of test_train_inference_python.sh; line 27 is null, and the
 # inference here uses lines 28 to 31. Then:
-#   35  serving:COMMAND             prints "... at http://ADDRESS" once it listens
+#   35  serving:COMMAND             prints "serving ... at http://ADDRESS" once it listens
 #   36  inference:COMMAND
 #   37  runs:OPTIONS                of the inference whose results the service must give too
 #   38  check:COMMAND               is given the results of the inference, those of the service and lines 39 and 40
@@ -37,7 +37,7 @@ if [[ -z $step_failed ]]; then
     trap 'kill "$service" 2>/dev/null' EXIT
     while [[ -z $address ]] && kill -0 "$service" 2>/dev/null; do
         sleep 0.2
-        address=$(grep -o -m 1 'http://[^ ]*' "$serving_log")
+        address=$(sed -n 's|^serving .* at \(http://[^ ]*\)$|\1|p' "$serving_log") # warnings may name addresses too
     done
     [[ -n $address ]] || step_failed="the service did not start"
 fi

@@ -476,7 +476,7 @@ def test_without_thresholds_of_the_checkpoint_the_published_ones_hold(workplace)
     assert "another checkpoint" in done.stderr
     workplace.succeed("deploy/export_model.py", *common, *export)
     description = yaml.safe_load((workplace.folder / "results/fresh/inference/inference.yml").read_text())
-    assert description["threshold_rule"] == "published"
+    assert description["threshold_rule"] == description["pixel_threshold_rule"] == "published"
     assert description["image_threshold"] == description["pixel_threshold"] == 0.8
     (path.parent / "thresholds.yaml").write_text("rule: f1")
     for script, more in (("predict.py", picture), ("deploy/export_model.py", export)):
@@ -486,14 +486,21 @@ def test_without_thresholds_of_the_checkpoint_the_published_ones_hold(workplace)
 
 
 def test_the_exported_model_carries_the_thresholds(workplace, tmp_path):
-    stored = workplace.thresholds("exp")
-    folder = workplace.folder / "results/inference"
+    # As where the defects have no masks: one rule for pictures, another for pixels.
+    (workplace.folder / "results/mixed/bottle").mkdir(parents=True)
+    for name in ("best.pdparams", "thresholds.yaml"):
+        shutil.copy(workplace.folder / "results/exp/bottle" / name, workplace.folder / "results/mixed/bottle")
+    stored = {**workplace.thresholds("exp"), "pixel_threshold": 0.8, "pixel_rule": "published"}
+    (workplace.folder / "results/mixed/bottle/thresholds.yaml").write_text(yaml.safe_dump(stored))
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "-cat", "bottle", "--exp_dir", "mixed")
+    workplace.succeed("deploy/export_model.py", *common, "--save_inference_dir", "results/mixed/inference")
+    folder = workplace.folder / "results/mixed/inference"
     description = yaml.safe_load((folder / "inference.yml").read_text())
-    assert description["threshold_rule"] == "f1"
+    assert (description["threshold_rule"], description["pixel_threshold_rule"]) == ("f1", "published")
     for key in ("image_threshold", "pixel_threshold"):
         assert description[key] == stored[key]
     older = shutil.copytree(folder, tmp_path / "older")  # an export from before there was a rule
-    del description["threshold_rule"]
+    del description["threshold_rule"], description["pixel_threshold_rule"]
     (older / "inference.yml").write_text(yaml.safe_dump(description))
     picture = ("--image_path", "images/bottle_bad.png")
     for model in (folder, older):

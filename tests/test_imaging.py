@@ -65,10 +65,11 @@ def names(paths, folder):
         ("[x]", ["[x]/f.tif"]),
         ("b.png", ["b.png"]),
         ("note.txt", ["note.txt"]),  # a file that is named is taken at its word; reading it says what is wrong
-        ("*", ["a.JPG", "b.png", "c.Tiff"]),
+        ("*", ["a.JPG", "b.png", "c.Tiff", "note.txt"]),
+        ("n*", ["note.txt"]),
         ("*.png", ["b.png"]),
         ("sub/*.bmp", ["sub/d.bmp"]),
-        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "sub/d.bmp", "sub/e.jpeg"]),
+        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "note.txt", "sub/d.bmp", "sub/e.jpeg"]),
     ],
 )
 def test_list_images(pictures, path, found):
@@ -94,6 +95,16 @@ def test_drawings_keep_the_subfolders_in_which_the_pictures_differ(pictures, tmp
         pictures / "b.png": out / "b.png.jpg",
         pictures / "sub" / "d.bmp": out / "sub" / "d.bmp.jpg",
     }
+
+
+def test_drawings_do_not_go_beside_several_pictures(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    b, d, e = (Path(name) for name in ("b.png", "sub/d.bmp", "sub/e.jpeg"))
+    for images, folder in (([d, e], "sub"), ([d, e], pictures / "sub"), ([b, d], "."), ([b, d], "sub/../sub")):
+        with pytest.raises(UserError, match="holds the pictures"):
+            drawing_paths(images, Path(folder))
+    assert drawing_paths([b], Path()) == {b: Path("b.png.jpg")}
+    assert drawing_paths([d, e], Path()) == {d: Path("d.bmp.jpg"), e: Path("e.jpeg.jpg")}
 
 
 def test_no_two_pictures_share_a_drawing(tmp_path):

@@ -258,6 +258,7 @@ def test_yaml_stays_small(tmp_path, name):
     [
         {"std": [0.5, 0, 0.5]},
         {"mean": [0.5, 0.5, float("nan")]},
+        {"mean": [0.5, 0.5]},
         {"image_threshold": float("inf")},
         {"pixel_threshold": 10**400},
         {"input_size": [32, 10**9]},
@@ -267,7 +268,7 @@ def test_yaml_stays_small(tmp_path, name):
 )
 def test_numbers_of_a_model_that_cannot_be_used_are_refused(tmp_path, change):
     checksum = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # of nothing
-    description = {"input_size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    description = {"category": "bottle", "input_size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
     description |= {"image_threshold": 0.5, "pixel_threshold": 0.5, "sha256": {}}
     for name in ("inference.json", "inference.pdiparams"):
         (tmp_path / name).touch()
@@ -317,8 +318,7 @@ def test_links_in_circles_are_no_pictures_and_no_endless_walk(tmp_path):
         list_images(tmp_path)
     with pytest.raises(UserError, match=r"a\.png"):
         read_rgb(tmp_path / "a.png")
-    with pytest.raises(UserError):
-        list_images(tmp_path / "**/*.png")
+    assert [path.name for path in list_images(tmp_path / "**/*.png")] == ["a.png", "b.png"]  # once; neither is read
 
 
 # ---- names

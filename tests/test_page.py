@@ -18,7 +18,6 @@ GOOD, BAD = ROOT / "images/bottle_good.png", ROOT / "images/bottle_bad.png"
 sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (Debian: apt-get install chromium)")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,10 @@ def browser():
     flags += ["--disable-component-update", "--disable-sync"]
     flags += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a drawn picture as the camera
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        path = CHROMIUM or playwright.chromium.executable_path  # where playwright would install its own
+        if not Path(path).exists():
+            pytest.skip("no chromium here (Debian: apt-get install chromium; else playwright install chromium)")
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
         browser.close()
 
@@ -235,6 +237,15 @@ def test_a_picture_that_the_browser_cannot_show_still_has_its_heat_map(page, tmp
     assert not shown.locator("img").is_visible()
 
 
+def test_a_heat_map_that_cannot_be_drawn_holds_nothing_up(page):
+    page.evaluate("HTMLCanvasElement.prototype.getContext = () => null")
+    for _ in range(5):  # more than are sent at once
+        upload(page, BAD)
+    expect(page.locator("article .error", has_text="heat map cannot be drawn")).to_have_count(5)
+    assert all(re.fullmatch(r"\d\.\d{3}", score) for score in page.locator("article .score").all_inner_texts())
+    assert page.evaluate("sending") == 0
+
+
 def test_the_keyboard_is_enough(page):
     names = []
     for _ in range(7):
@@ -332,6 +343,10 @@ def test_a_busy_or_absent_server_is_waited_for_or_named(page):
 
     page.route("**/*:predict", busy)
     scored(page, GOOD)
+    page.unroute("**/*:predict")
+    page.route("**/*:predict", lambda route: route.fulfill(status=408, json={"detail": "more than 30 seconds"}))
+    upload(page, GOOD)
+    expect(card(page, GOOD.name).first.locator(".error")).to_contain_text("upload took too long")
     page.unroute("**/*:predict")
     page.route("**/*:predict", lambda route: route.abort())
     upload(page, BAD)

@@ -478,6 +478,26 @@ def test_at_sigterm_it_answers_what_it_took_on_and_ends_with_0(exported):
         assert process.end() == (0, "")
 
 
+def test_how_long_an_upload_may_take_is_an_option(exported):
+    with Process("--models", exported, "--upload_seconds", 1) as process:
+        connection = http.client.HTTPConnection(process.url.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", PREDICT)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"{")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["detail"]) == (408, "the upload took more than 1 seconds")
+
+
+def test_more_than_one_signal_does_not_kill_it(exported):
+    with Process("--models", exported) as process:
+        given_up = time.monotonic() + 30
+        while process.process.poll() is None and time.monotonic() < given_up:
+            process.process.send_signal(signal.SIGTERM)  # at every moment of its end
+            time.sleep(0.001)
+        assert (process.process.wait(1), process.process.stderr.read()) == (0, "")
+
+
 def failing(*options):
     """Run it with options that must fail with one line on stderr; return the line."""
     command = [sys.executable, ROOT / "deploy/serve.py", *map(str, options)]
@@ -491,6 +511,11 @@ def test_bad_options_are_one_line(exported, tmp_path):
     assert str(tmp_path) in failing("--models", tmp_path)
     assert "bottle" in failing("--models", f"{exported},{exported}")
     assert "a/b" in failing("--models", f"a/b={exported}")
+    nameless = shutil.copytree(exported, tmp_path / "nameless")
+    lines = (nameless / "inference.yml").read_text().splitlines(keepends=True)
+    (nameless / "inference.yml").write_text("".join(line for line in lines if not line.startswith("category:")))
+    for models in (nameless, f"named={nameless}"):
+        assert "inference.yml: has no 'category'; export again" in failing("--models", models)
     assert "--port" in failing("--models", exported, "--port", "70000")
     assert "--max_pixels" in failing("--models", exported, "--max_pixels", "0")
     assert "--host" in failing("--models", exported, "--host", "256.0.0.1")

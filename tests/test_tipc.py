@@ -37,6 +37,7 @@ for name in os.environ.get("FAIL", "").split():
         sys.exit(f"{{name}} went wrong")
 if "serve.py" in words:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ.get("END", "0"))))
+    print("warning: see http://127.0.0.1:2 on serving models at http://127.0.0.1:3", file=sys.stderr, flush=True)
     print("serving toy at http://127.0.0.1:1", flush=True)
     while True:
         time.sleep(0.05)

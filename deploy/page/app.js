@@ -95,7 +95,10 @@ async function send() {
   while (waiting.length > 0) {
     const result = waiting.shift();
     Object.assign(result, await predict(result.file, result.model));
-    if (result.map) await drawHeat(result.card.querySelector("canvas"), result.map);
+    if (result.map) {
+      // Its score counts all the same, and the next pictures are sent.
+      await drawHeat(result.card.querySelector("canvas"), result.map).catch(() => (result.noHeat = true));
+    }
     show(result);
     showProgress();
   }
@@ -176,6 +179,7 @@ function show(result) {
     card.querySelector(".bar").ariaLabel = text.bar(score, threshold.toFixed(3));
     card.querySelector(".bar i").style.width = `${100 * result.score}%`;
     card.querySelector(".bar b").style.left = `${100 * threshold}%`;
+    if (result.noHeat) card.querySelector(".error").textContent = text.noHeat;
     if (result.noPreview) {
       card.classList.add("no-preview");
       card.querySelector(".error").textContent = text.noPreview;

@@ -30,12 +30,14 @@ const TEXTS = {
     waiting: "waiting …",
     failed: "error",
     noPreview: "This browser cannot show this kind of picture; only its heat map is shown.",
+    noHeat: "The heat map cannot be drawn in this browser.",
     bar: (score, threshold) => `score ${score}, threshold ${threshold}`,
     progress: (done, all, anomalies, errors) =>
       `${done} of ${all} pictures, ${anomalies} with an anomaly, ${errors} with an error`,
     errors: {
       0: "The server cannot be reached",
       404: "The model is gone; load this page again",
+      408: "The upload took too long; try a better connection or a smaller picture",
       413: "The file is too large",
       422: "Not a readable picture",
       503: "The server is busy; try again later",
@@ -70,11 +72,13 @@ const TEXTS = {
     waiting: "等待中……",
     failed: "错误",
     noPreview: "浏览器无法显示这种图片，只显示热力图。",
+    noHeat: "浏览器无法画出热力图。",
     bar: (score, threshold) => `分数 ${score}，阈值 ${threshold}`,
     progress: (done, all, anomalies, errors) => `${all} 张图片，已完成 ${done} 张，异常 ${anomalies} 张，出错 ${errors} 张`,
     errors: {
       0: "无法连接服务器",
       404: "模型已不存在，请刷新页面",
+      408: "上传时间太长，请换更好的网络或更小的图片",
       413: "文件太大",
       422: "不是可读的图片",
       503: "服务器正忙，请稍后再试",
