@@ -126,6 +126,7 @@ def main() -> None:
             if waited_for(history) >= config.patience:
                 logger.info(f"{category.name}  no new best for {config.patience} epochs: stop")
                 break
+            distributed.meet()  # the first process comes later: it also fills more caches and writes the checkpoints
             started = time.perf_counter()
             loss = train_epoch(
                 model,

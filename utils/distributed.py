@@ -5,13 +5,21 @@ of the norms, are summed over the processes, so that the result is that of one p
 here does anything.
 """
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
+from paddle.base import core
+
+from deploy.cli import UserError
+
+LONGEST_WAIT = 3600  # seconds for the slowest process; after so many the others take it for gone
+POLL = 0.05  # seconds
 
 
 def start() -> None:
@@ -53,9 +61,34 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
         tensor.set_value(part.reshape(tensor.shape))
 
 
+def meet() -> None:
+    """Wait until every process is here, before an exchange that another may come to much later.
+
+    An exchange would give up after 30 seconds: that is gloo's limit, and Paddle 3.3.1 lets nobody change it. The
+    launcher's key-value store has no such limit; it counts the arrivals at all meetings.
+
+    Raises:
+        UserError: a process does not come.
+    """
+    if processes() == 1:
+        return
+    store, deadline = core.create_or_get_global_tcp_store(), time.monotonic() + LONGEST_WAIT
+    arrivals = store.add("arrivals", 1)
+    everyone = math.ceil(arrivals / processes()) * processes()  # nobody comes again before all have been here
+    while arrivals < everyone:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{everyone - arrivals} of {processes()} processes have not come within {LONGEST_WAIT} s; "
+                "their workerlog.* may say why"
+            )
+        time.sleep(POLL)
+        arrivals = store.add("arrivals", 0)
+
+
 def same_start(model: nn.Layer) -> None:
     """Give every process the first one's parameters and buffers."""
     if processes() > 1:
+        meet()
         for tensor in model.state_dict(include_sublayers=True).values():
             dist.broadcast(tensor, 0)
 
@@ -65,5 +98,6 @@ def from_first(compute: Callable[[], tuple]) -> tuple:
     if processes() == 1:
         return compute()
     box = [compute() if is_first() else ()]  # a list of one, which the exchange fills
+    meet()
     dist.broadcast_object_list(box, 0)
     return box[0]
