@@ -268,6 +268,7 @@ def test_the_slurm_script_of_the_readme(place, name):
     (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     for category in ("bottle", "my part", "zipper"):
         (place.folder / "data" / category / "test").mkdir(parents=True)
+    (place.folder / "data/license.txt").touch()  # MVTec AD has it beside the categories
     (place.folder / "configs").mkdir()
     (place.folder / "configs/resnet18.yaml").symlink_to(place.folder / "config.yaml")
     (place.folder / "python").symlink_to(sys.executable)
