@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Self, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -156,7 +156,7 @@ class Board:
         for name in names:
             self.show(name, "queued")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -283,7 +283,7 @@ class Trainings:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                process_group=0,  # Ctrl-C of the terminal comes from _stop() alone, once
+                start_new_session=True,  # Ctrl-C of the terminal comes from _stop() alone, once
             )
             self._processes.append(process)
         self._board.show(name, ("going on" if resume else "started") + (f" on GPU {gpu}" if gpu else ""))
