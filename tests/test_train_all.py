@@ -1,5 +1,6 @@
 """train.sh: every category over all devices. Where nothing is learnt train.py and eval.py are stand-ins, for speed."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -198,10 +199,7 @@ def test_starting_again_goes_on_and_names_what_another_config_trained(place):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_ends_the_trainings_and_keeps_what_they_have(place, number):
     process = place.start("slow1", "slow2", "third", JOBS="2")
-    deadline = time.monotonic() + 30
-    while len(list(place.folder.glob("results/exp/*/last.pdparams"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: len(list(place.folder.glob("results/exp/*/last.pdparams"))) == 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -211,6 +209,35 @@ def test_interrupting_ends_the_trainings_and_keeps_what_they_have(place, number)
     )
     assert "slow1  stopped" in out
     assert "the table of" not in out
+
+
+def test_kill_9_ends_the_trainings_too_and_the_next_start_goes_on(place):
+    process = place.start("slow", "third")
+    wait_for(lambda: place.last("slow").exists())
+    process.kill()
+    process.communicate(timeout=20)  # until nobody holds its output any more
+    wait_for(lambda: not trainings(place.folder))
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert [(note["category"], note["resume"]) for note in place.notes()] == [("slow", True), ("third", False)]
+
+
+def trainings(folder: Path) -> list[str]:
+    """The numbers of the processes that run train.py in the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            here = (process / "cwd").resolve() == folder
+            if here and b"train.py" in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_there_are_no_more_jobs_than_categories(place):
