@@ -255,6 +255,8 @@ class Trainings:
             reason = self._train_on(gpu, name)
         except (UserError, OSError) as error:
             reason = str(error)
+        except Exception as error:  # one that nobody has thought of; it would end the other categories too
+            reason = f"unexpected {error!r}"
         finally:
             self._free.put(gpu)
         if reason:

@@ -13,6 +13,7 @@ import termios
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -194,6 +195,17 @@ def test_starting_again_goes_on_and_names_what_another_config_trained(place):
     line = "foreign/last.pdparams: was trained with clamp 1.0, lr 0.5, the config says clamp 2.0, lr 0.001"
     assert line in done.stderr
     assert place.last("foreign").read_bytes() == before
+
+
+def test_an_error_that_nobody_expected_spoils_no_other_category(place):
+    assert place.run("first").returncode == 0
+    content = pickle.loads(place.last("first").read_bytes())
+    content["config"]["lr"] = np.zeros(2)  # which cannot be compared with a number
+    place.last("first").write_bytes(pickle.dumps(content))
+    done = place.run("other")
+    assert done.returncode == 1
+    assert "train.sh: first failed: unexpected ValueError(" in done.stderr
+    assert re.search("other +done", done.stdout)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
