@@ -81,13 +81,25 @@ def test_processes_wait_for_the_first_outside_of_exchanges(tmp_path):
     assert done.returncode == 0, (tmp_path / "log/workerlog.1").read_text() + done.stderr
 
 
-def test_a_process_that_does_not_come_is_not_waited_for_without_end(monkeypatch):
+@pytest.mark.parametrize(("ended", "longest"), [(0, 0), (1, 3600)])
+def test_a_process_that_has_ended_is_not_waited_for(monkeypatch, ended, longest):
     class Store:
         def add(self, key, amount):
-            return 3
+            return {"arrivals": 3, "ended": ended}[key]
 
     monkeypatch.setattr(distributed, "processes", lambda: 2)
     monkeypatch.setattr(distributed.core, "create_or_get_global_tcp_store", Store)
-    monkeypatch.setattr(distributed, "LONGEST_WAIT", 0)
-    with pytest.raises(UserError, match=r"1 of 2 processes have not come .*workerlog"):
+    monkeypatch.setattr(distributed, "LONGEST_WAIT", longest)
+    with pytest.raises(UserError, match=r"1 of 2 processes do not come .*workerlog"):
+        distributed.meet()
+
+
+def test_the_end_of_the_first_process_is_one_line(monkeypatch):
+    class Store:
+        def add(self, key, amount):
+            raise ValueError("(InvalidArgument) TCP send error. Details: Broken pipe.")
+
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed.core, "create_or_get_global_tcp_store", Store)
+    with pytest.raises(UserError, match=r"the first process has ended.*workerlog"):
         distributed.meet()

@@ -5,6 +5,8 @@ of the norms, are summed over the processes, so that the result is that of one p
 here does anything.
 """
 
+import atexit
+import contextlib
 import math
 import os
 import time
@@ -26,6 +28,25 @@ def start() -> None:
     """Join the processes that the launcher started."""
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
         dist.init_parallel_env()
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Tell those who wait for this process; a launcher ends only the processes of its own machine."""
+    with contextlib.suppress(UserError):
+        _count("ended", 1)
+
+
+def _count(key: str, amount: int) -> int:
+    """Add to a counter that the processes share, in the launcher's key-value store; return its value.
+
+    Raises:
+        UserError: the store has ended, with the first process.
+    """
+    try:
+        return core.create_or_get_global_tcp_store().add(key, amount)
+    except ValueError as error:
+        raise UserError("the first process has ended; see workerlog.* in its launcher's --log_dir") from error
 
 
 def processes() -> int:
@@ -64,25 +85,25 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
 def meet() -> None:
     """Wait until every process is here, before an exchange that another may come to much later.
 
-    An exchange would give up after 30 seconds: that is gloo's limit, and Paddle 3.3.1 lets nobody change it. The
-    launcher's key-value store has no such limit; it counts the arrivals at all meetings.
+    An exchange would give up after 30 seconds: that is gloo's limit, and Paddle 3.3.1 lets nobody change it. So all
+    come here first: the counter of arrivals has no such limit.
 
     Raises:
-        UserError: a process does not come.
+        UserError: a process has ended, or does not come.
     """
     if processes() == 1:
         return
-    store, deadline = core.create_or_get_global_tcp_store(), time.monotonic() + LONGEST_WAIT
-    arrivals = store.add("arrivals", 1)
+    deadline = time.monotonic() + LONGEST_WAIT
+    arrivals = _count("arrivals", 1)
     everyone = math.ceil(arrivals / processes()) * processes()  # nobody comes again before all have been here
     while arrivals < everyone:
-        if time.monotonic() > deadline:
+        if _count("ended", 0) or time.monotonic() > deadline:
             raise UserError(
-                f"{everyone - arrivals} of {processes()} processes have not come within {LONGEST_WAIT} s; "
-                "their workerlog.* may say why"
+                f"{everyone - arrivals} of {processes()} processes do not come any more (one has ended, or "
+                f"{LONGEST_WAIT} s are over); see workerlog.* in the launchers' --log_dir"
             )
         time.sleep(POLL)
-        arrivals = store.add("arrivals", 0)
+        arrivals = _count("arrivals", 0)
 
 
 def same_start(model: nn.Layer) -> None:
