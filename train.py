@@ -33,7 +33,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--backbone_weights", metavar="FILE", help="ImageNet weights: .pdparams, .npz or .safetensors")
     parser.add_argument("--amp", action="store_true", help="mixed precision where it is faster; in eval mode float32")
-    parser.add_argument("--resume", action="store_true", help="go on from last.pdparams of the same folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from last.pdparams of the same folder, if it is there"
+    )
     return parser.parse_args()
 
 
@@ -41,7 +43,8 @@ def main() -> None:
     args = parse_args()
     if args.resume and args.backbone_weights:
         raise UserError(
-            "--backbone_weights: the checkpoint that --resume goes on from holds the backbone; leave it out"
+            "--backbone_weights: the checkpoint that --resume goes on from holds the backbone; leave it out, or name "
+            "the file in FASTFLOW_BACKBONE_WEIGHTS, which counts only where there is no checkpoint yet"
         )
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "eval_interval": args.test_epochs}
     config = start(args, **options, amp=args.amp or None)
@@ -82,8 +85,10 @@ def main() -> None:
     average = WeightAverage(model, config.ema_decay)
     held_out_names = [path.name for path in held_out]
     history: list[EpochRow] = []
-    if args.resume:
-        last = folder / "last.pdparams"
+    last = folder / "last.pdparams"
+    # The first process decides for all: where another has no such file, it must not start while they go on.
+    (resumed,) = distributed.from_first(lambda: (args.resume and last.exists(),))
+    if resumed:
         checkpoint = load_for_resume(model, optimizer, average, scale, config, held_out_names, last)
         history = checkpoint["history"]
         backbone = checkpoint["backbone"]
@@ -118,7 +123,9 @@ def main() -> None:
     if config.amp:
         logger.info(f"{category.name}  mixed precision: the flows' convolutions compute in {precision}")
     logger.info(f"{category.name}  trainable parameters: {model.trainable_parameters():,}")
-    if args.resume and distributed.is_first():
+    if args.resume and not resumed:
+        logger.info(f"{category.name}  no {last} to go on from: starting at epoch 1")
+    if resumed and distributed.is_first():
         follow_last(folder, config, history)
     epochs = range(len(history) + 1, config.epochs + 1)
     with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
@@ -126,6 +133,7 @@ def main() -> None:
             if waited_for(history) >= config.patience:
                 logger.info(f"{category.name}  no new best for {config.patience} epochs: stop")
                 break
+            distributed.meet()  # the first process comes later: it also fills more caches and writes the checkpoints
             started = time.perf_counter()
             loss = train_epoch(
                 model,

@@ -30,6 +30,16 @@ from utils.results import experiment_folder, figure
 
 OUTPUT = "output.log"  # in a category's folder: all that its training printed
 GRACE = 10  # seconds that a training has to end by itself when it is interrupted
+# Becomes the script argv[2:], which Linux kills when its starter, process argv[1], ends, be it by kill -9: a training
+# that was left alone would keep its folder from the next train.sh. Code between fork and exec is no way to ask for it
+# where there are threads. 1 is PR_SET_PDEATHSIG; the starter may have ended before.
+TIED = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -113,8 +123,8 @@ def on_device(gpu: str | None, environ: dict[str, str]) -> tuple[list[str], dict
 
 
 def script(name: str) -> list[str]:
-    """The command that runs a script of this repository."""
-    return [sys.executable, str(Path(__file__).with_name(name))]
+    """The command that runs a script of this repository until this process ends."""
+    return [sys.executable, "-c", TIED, str(os.getpid()), str(Path(__file__).with_name(name))]
 
 
 def trained_so_far(folder: Path, config: Config) -> list[EpochRow]:
@@ -245,6 +255,8 @@ class Trainings:
             reason = self._train_on(gpu, name)
         except (UserError, OSError) as error:
             reason = str(error)
+        except Exception as error:  # one that nobody has thought of; it would end the other categories too
+            reason = f"unexpected {error!r}"
         finally:
             self._free.put(gpu)
         if reason:
@@ -283,7 +295,7 @@ class Trainings:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                process_group=0,  # Ctrl-C of the terminal comes from _stop() alone, once
+                start_new_session=True,  # Ctrl-C of the terminal comes from _stop() alone, once
             )
             self._processes.append(process)
         self._board.show(name, ("going on" if resume else "started") + (f" on GPU {gpu}" if gpu else ""))

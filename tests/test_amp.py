@@ -18,9 +18,10 @@ from models import fused, onednn
 from models.fastflow import FastFlow, Subnet, negative_log_likelihood
 from tests.test_onednn import both, gradients, make_flow, random, refuse, tensor  # noqa: F401  (a fixture)
 from utils import distributed, loss_scale, training
+from utils.averaging import WeightAverage
 from utils.checkpoint import load_checkpoint
 from utils.loss_scale import LossScale
-from utils.training import build_optimizer, mixed_precision, training_step
+from utils.training import build_optimizer, mixed_precision, train_epoch, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,15 +170,16 @@ def test_a_scale_of_the_loss_changes_no_step(small):
         np.testing.assert_allclose(scaled, plain, rtol=1e-4, atol=1e-6)
 
 
+def infinite(tensors):
+    """An exchange after which a gradient is infinite in every process."""
+    tensors[-1].set_value(paddle.full_like(tensors[-1], np.inf))
+
+
 def test_an_infinite_gradient_of_any_process_changes_nothing_but_the_scale(small, monkeypatch):
     model, optimizer, features = start(small)
     scale, before = LossScale(), parameters(model)
-
-    def exchange(tensors):
-        tensors[-1].set_value(paddle.full_like(tensors[-1], np.inf))  # as a sum leaves it in every process
-
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "sum_over_processes", exchange)
+        patch.setattr(distributed, "sum_over_processes", infinite)
         training_step(model, optimizer, features, scale=scale)
     assert scale.state() == {"scale": 2.0**15, "good_steps": 0}
     for name, value in parameters(model).items():
@@ -187,6 +189,25 @@ def test_an_infinite_gradient_of_any_process_changes_nothing_but_the_scale(small
     after = parameters(model)
     assert all((after[name] != before[name]).any() for name in after if name.endswith("offset"))
     assert all(np.isfinite(value).all() for value in after.values())
+
+
+def test_skipped_steps_are_logged_and_leave_the_scale_at_1(small, monkeypatch):
+    class Features:
+        def __len__(self):
+            return 20
+
+        def batch(self, _):
+            return features
+
+    model, optimizer, features = start(small)
+    config, scale, average, lines = dataclasses.replace(small, batch_size=1), LossScale(), WeightAverage(model, 0), []
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "sum_over_processes", infinite)
+        train_epoch(model, optimizer, Features(), config, 1, average, scale, lines.append)
+    assert scale.state()["scale"] == 1
+    assert lines[-1].startswith("Epoch 1 - 20 of 20 steps skipped")
+    train_epoch(model, optimizer, Features(), config, 2, average, scale, lines.append)
+    assert "skipped" not in lines[-1]
 
 
 def test_the_scale_rises_and_is_resumed_from_the_checkpoint(auto_cast, monkeypatch, tmp_path):

@@ -168,6 +168,7 @@ def test_a_dotted_override_leaves_its_neighbours(tmp_path):
         ("momentum=1.5", "momentum"),
         ("momentum=.nan", "momentum"),
         ("epochs=0", "epochs"),
+        ("epochs=100000000000000000000", "at most 1000000"),
         ("batch_size=0", "batch_size"),
         ("flow_step=0", "flow_step"),
         ("input_size=16", "input_size"),

@@ -55,6 +55,15 @@ def test_every_batchnorm_gives_mean_zero_and_variance_one(images, name):
     assert len(checked) == len(norms) == {"resnet18": 15, "resnet34": 29}.get(name, 43)
 
 
+def test_statistics_of_many_pixels_are_exact():
+    images = np.random.default_rng(0).standard_normal((16, 3, 128, 128)).astype("float32")
+    layer = nn.Sequential(nn.Conv2D(3, 4, 1), nn.BatchNorm2D(4))
+    calibrated_start(layer, images, 0)
+    y = layer[0](paddle.to_tensor(images)).numpy().astype("float64")
+    np.testing.assert_allclose(layer[1]._mean.numpy(), y.mean((0, 2, 3)), atol=1e-7)
+    np.testing.assert_allclose(layer[1]._variance.numpy(), y.var((0, 2, 3)), rtol=1e-6)
+
+
 def test_features_do_not_depend_on_the_contrast_of_the_data(images):
     dim = (images * 0.25).astype("float32")
     for bright, faint in zip(

@@ -1,5 +1,6 @@
 """train.sh: every category over all devices. Where nothing is learnt train.py and eval.py are stand-ins, for speed."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import termios
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -47,7 +49,7 @@ try:
         print("before the end", flush=True)
         os.kill(os.getpid(), 9)
     config = load_config(args.cfg)
-    history = pickle.loads(last.read_bytes())["history"] if args.resume else []
+    history = pickle.loads(last.read_bytes())["history"] if args.resume and last.exists() else []
     for epoch in range(len(history) + 1, config.epochs + 1):
         time.sleep(60 if "slow" in args.cat and epoch > 1 and not args.resume else 0.3)
         history.append({"epoch": epoch, "loss": 1 / epoch, "lr": 0.001, "image_auroc": 0.5 + epoch / 100,
@@ -196,13 +198,21 @@ def test_starting_again_goes_on_and_names_what_another_config_trained(place):
     assert place.last("foreign").read_bytes() == before
 
 
+def test_an_error_that_nobody_expected_spoils_no_other_category(place):
+    assert place.run("first").returncode == 0
+    content = pickle.loads(place.last("first").read_bytes())
+    content["config"]["lr"] = np.zeros(2)  # which cannot be compared with a number
+    place.last("first").write_bytes(pickle.dumps(content))
+    done = place.run("other")
+    assert done.returncode == 1
+    assert "train.sh: first failed: unexpected ValueError(" in done.stderr
+    assert re.search("other +done", done.stdout)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_ends_the_trainings_and_keeps_what_they_have(place, number):
     process = place.start("slow1", "slow2", "third", JOBS="2")
-    deadline = time.monotonic() + 30
-    while len(list(place.folder.glob("results/exp/*/last.pdparams"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: len(list(place.folder.glob("results/exp/*/last.pdparams"))) == 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -212,6 +222,35 @@ def test_interrupting_ends_the_trainings_and_keeps_what_they_have(place, number)
     )
     assert "slow1  stopped" in out
     assert "the table of" not in out
+
+
+def test_kill_9_ends_the_trainings_too_and_the_next_start_goes_on(place):
+    process = place.start("slow", "third")
+    wait_for(lambda: place.last("slow").exists())
+    process.kill()
+    process.communicate(timeout=20)  # until nobody holds its output any more
+    wait_for(lambda: not trainings(place.folder))
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert [(note["category"], note["resume"]) for note in place.notes()] == [("slow", True), ("third", False)]
+
+
+def trainings(folder: Path) -> list[str]:
+    """The numbers of the processes that run train.py in the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            here = (process / "cwd").resolve() == folder
+            if here and b"train.py" in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_there_are_no_more_jobs_than_categories(place):
@@ -269,6 +308,7 @@ def test_the_slurm_script_of_the_readme(place, name):
     (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     for category in ("bottle", "my part", "zipper"):
         (place.folder / "data" / category / "test").mkdir(parents=True)
+    (place.folder / "data/license.txt").touch()  # MVTec AD has it beside the categories
     (place.folder / "configs").mkdir()
     (place.folder / "configs/resnet18.yaml").symlink_to(place.folder / "config.yaml")
     (place.folder / "python").symlink_to(sys.executable)
@@ -277,7 +317,7 @@ def test_the_slurm_script_of_the_readme(place, name):
     for _ in range(2):
         command = ["bash", "-c", text]
         subprocess.run(command, cwd=place.folder, env={**environ, "SLURM_ARRAY_TASK_ID": "2"}, check=True, timeout=60)
-    assert [(note["category"], note["resume"]) for note in place.notes()] == [("my part", False), ("my part", True)]
+    assert [(note["category"], note["resume"]) for note in place.notes()] == [("my part", True)] * 2
 
 
 def test_two_real_categories_at_a_time(tmp_path):

@@ -89,6 +89,7 @@ HIGHEST = {
     "input_size": 4096,  # from here on: beyond it memory ends, not sense
     "flow_step": 64,
     "hidden_ratio": 64,
+    "epochs": 1_000_000,  # each checkpoint holds the whole history
 }
 POSITIVE = {"lr", "clip_norm", "clamp", "hidden_ratio"}
 

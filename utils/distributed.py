@@ -5,19 +5,48 @@ of the norms, are summed over the processes, so that the result is that of one p
 here does anything.
 """
 
+import atexit
+import contextlib
+import math
 import os
+import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
+from paddle.base import core
+
+from deploy.cli import UserError
+
+LONGEST_WAIT = 3600  # seconds for the slowest process; after so many the others take it for gone
+POLL = 0.05  # seconds
 
 
 def start() -> None:
     """Join the processes that the launcher started."""
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
         dist.init_parallel_env()
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Tell those who wait for this process; a launcher ends only the processes of its own machine."""
+    with contextlib.suppress(UserError):
+        _count("ended", 1)
+
+
+def _count(key: str, amount: int) -> int:
+    """Add to a counter that the processes share, in the launcher's key-value store; return its value.
+
+    Raises:
+        UserError: the store has ended, with the first process.
+    """
+    try:
+        return core.create_or_get_global_tcp_store().add(key, amount)
+    except ValueError as error:
+        raise UserError("the first process has ended; see workerlog.* in its launcher's --log_dir") from error
 
 
 def processes() -> int:
@@ -53,9 +82,34 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
         tensor.set_value(part.reshape(tensor.shape))
 
 
+def meet() -> None:
+    """Wait until every process is here, before an exchange that another may come to much later.
+
+    An exchange would give up after 30 seconds: that is gloo's limit, and Paddle 3.3.1 lets nobody change it. So all
+    come here first: the counter of arrivals has no such limit.
+
+    Raises:
+        UserError: a process has ended, or does not come.
+    """
+    if processes() == 1:
+        return
+    deadline = time.monotonic() + LONGEST_WAIT
+    arrivals = _count("arrivals", 1)
+    everyone = math.ceil(arrivals / processes()) * processes()  # nobody comes again before all have been here
+    while arrivals < everyone:
+        if _count("ended", 0) or time.monotonic() > deadline:
+            raise UserError(
+                f"{everyone - arrivals} of {processes()} processes do not come any more (one has ended, or "
+                f"{LONGEST_WAIT} s are over); see workerlog.* in the launchers' --log_dir"
+            )
+        time.sleep(POLL)
+        arrivals = _count("arrivals", 0)
+
+
 def same_start(model: nn.Layer) -> None:
     """Give every process the first one's parameters and buffers."""
     if processes() > 1:
+        meet()
         for tensor in model.state_dict(include_sublayers=True).values():
             dist.broadcast(tensor, 0)
 
@@ -65,5 +119,6 @@ def from_first(compute: Callable[[], tuple]) -> tuple:
     if processes() == 1:
         return compute()
     box = [compute() if is_first() else ()]  # a list of one, which the exchange fills
+    meet()
     dist.broadcast_object_list(box, 0)
     return box[0]

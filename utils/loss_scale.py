@@ -15,13 +15,14 @@ START, RISE_AFTER = 2.0**16, 2000  # those of paddle.amp.GradScaler
 class LossScale:
     """A power of two that the loss is multiplied by, so that its gradients stay within float16.
 
-    A step whose gradients are not all finite is left out and halves the scale; a run of good steps doubles it
-    (Micikevicius et al. 2018, arXiv 1710.03740). It is here because paddle.amp.GradScaler (3.3.1) ends in a TypeError
-    at the first such step with NumPy 2.4, and does nothing on a CPU, where tests run.
+    A step whose gradients are not all finite is left out and halves the scale, as long as it is above 1; a run of good
+    steps doubles it (Micikevicius et al. 2018, arXiv 1710.03740). It is here because paddle.amp.GradScaler (3.3.1) ends
+    in a TypeError at the first such step with NumPy 2.4, and does nothing on a CPU, where tests run.
     """
 
     def __init__(self) -> None:
         self._scale, self._good_steps = START, 0
+        self.skipped = 0  # steps left out so far in this process
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What to differentiate in the place of the loss."""
@@ -37,7 +38,8 @@ class LossScale:
             optimizer.step()
         self._good_steps = self._good_steps + 1 if finite else 0
         if not finite:
-            self._scale /= 2
+            self._scale = max(1.0, self._scale / 2)
+            self.skipped += 1
         elif self._good_steps == RISE_AFTER:
             self._scale, self._good_steps = 2 * self._scale, 0
 

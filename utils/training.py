@@ -122,7 +122,8 @@ def train_epoch(
         epoch: from 1.
         average: takes in the parameters after each step.
         scale: of the loss, for a model that trains in float16.
-        log: takes the published log line, every `config.log_interval` iterations and at the last one.
+        log: takes the published log line, every `config.log_interval` iterations and at the last one, and at the end a
+            line about steps that were left out, if any were.
 
     Returns:
         the mean loss over the pictures.
@@ -135,6 +136,7 @@ def train_epoch(
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     total = paddle.zeros([])  # stays on the device: reading it at every step would make a GPU wait
     times = IterationTimes()
+    skipped_before = scale.skipped if scale else 0
     for iteration, indices in enumerate(batches, start=1):
         rows, weight = distributed.share(np.arange(len(indices)))
         batch = features.batch(indices[rows])
@@ -154,6 +156,11 @@ def train_epoch(
                 f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - "
                 f"loss = {_finite(loss, epoch):.3f}/{_finite(total / seen, epoch):.3f} (last/avg) - {times.summary()}"
             )
+    if scale and scale.skipped > skipped_before:
+        log(
+            f"Epoch {epoch} - {scale.skipped - skipped_before} of {len(batches)} steps skipped, "
+            f"for their float16 gradients were not finite; the loss scale is {scale.state()['scale']:g} now"
+        )
     _finite(paddle.stack([p.abs().max() for p in model.parameters() if not p.stop_gradient]).max(), epoch)
     return total.item() / len(order)
 
