@@ -89,6 +89,7 @@ def main() -> None:
         model = load(folder, description, args.backend, options)
         batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
         models[name] = ServedModel(description, batcher)
+    signal.signal(signal.SIGTERM, end)  # once more: Paddle has put its own in place, which kills the process
     app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels, args.upload_seconds))
     # A client that neither sends nor hangs up holds the end up for so many seconds at most.
     config = uvicorn.Config(app, log_level="info" if args.verbose else "warning", timeout_graceful_shutdown=60)
