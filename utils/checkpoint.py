@@ -30,7 +30,7 @@ from utils.states import set_state
 RESUME_KEYS = ("selection", "holdout", "ema_decay")
 # Settings that it may change, but then it is another one.
 TRAINING_KEYS = (
-    *("batch_size", "clip_norm", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
+    *("batch_size", "clip_norm", "feature_noise", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
     *("mask_rule", "selection_weights"),  # of what chooses the best epoch
 )
 # Settings that decide what the parameters mean.
