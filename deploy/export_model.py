@@ -159,7 +159,6 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
         UserError: Paddle2ONNX cannot convert it, or makes no valid ONNX of it.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     program, parameters = model_files(folder, "paddle")
     command = [sys.executable, "-m", "paddle2onnx.command", "--model_dir", str(folder), "--model_filename", program]
@@ -173,7 +172,7 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
         raise UserError(f"--format: Paddle2ONNX cannot convert this model ({last})")
     try:
         model = onnx.load(folder / "inference.onnx")
-    except DecodeError as error:
+    except Exception as error:  # protobuf, which reads it, raises its own kinds
         raise UserError(f"{folder.parent}: Paddle2ONNX has not written the whole model; {ADVICE}") from error
     graph = model.graph
     names = dict(zip((output.name for output in graph.output), OUTPUTS, strict=True))

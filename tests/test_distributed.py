@@ -94,6 +94,23 @@ def test_a_process_that_has_ended_is_not_waited_for(monkeypatch, ended, longest)
         distributed.meet()
 
 
+def test_a_process_may_end_right_after_it_came(monkeypatch):
+    """It comes and ends right after this one has looked how many have come."""
+    counts = {"arrivals": 2, "ended": 0}
+
+    class Store:
+        def add(self, key, amount):
+            counts[key] += amount
+            value = counts[key]
+            if key == "arrivals" and not amount:
+                counts.update(arrivals=4, ended=1)
+            return value
+
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    monkeypatch.setattr(distributed.core, "create_or_get_global_tcp_store", Store)
+    distributed.meet()
+
+
 def test_the_end_of_the_first_process_is_one_line(monkeypatch):
     class Store:
         def add(self, key, amount):

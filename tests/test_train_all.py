@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import yaml
 import train_all
 from deploy import runtime
 from utils.config import load_config
-from utils.history import finished
+from utils.history import EpochRow, finished
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,15 +199,31 @@ def test_starting_again_goes_on_and_names_what_another_config_trained(place):
     assert place.last("foreign").read_bytes() == before
 
 
-def test_an_error_that_nobody_expected_spoils_no_other_category(place):
+def test_a_checkpoint_that_train_py_never_wrote_spoils_no_other_category(place):
     assert place.run("first").returncode == 0
     content = pickle.loads(place.last("first").read_bytes())
     content["config"]["lr"] = np.zeros(2)  # which cannot be compared with a number
     place.last("first").write_bytes(pickle.dumps(content))
     done = place.run("other")
     assert done.returncode == 1
-    assert "train.sh: first failed: unexpected ValueError(" in done.stderr
+    assert "first/last.pdparams: not a checkpoint; its config: lr must be a number" in done.stderr
     assert re.search("other +done", done.stdout)
+
+
+def test_an_error_that_nobody_expected_spoils_no_other_category(tmp_path, monkeypatch):
+    def so_far(folder, config):
+        if folder.name == "first":
+            raise ValueError("of its own")
+        return [EpochRow(1, 0.5, 0.001, 1.0, 0.9, 0.95, 2.0)]
+
+    shown = {}
+    board = SimpleNamespace(show=lambda name, text: shown.update({name: text}))
+    monkeypatch.setattr(train_all, "trained_so_far", so_far)
+    monkeypatch.setattr(train_all, "finished", lambda history, config: True)
+    trainings = train_all.Trainings(None, tmp_path, [], [None], {}, board)
+    assert trainings.run(["first", "other"]) == {"first": "unexpected ValueError('of its own')"}
+    assert shown["first"] == "failed: unexpected ValueError('of its own')"
+    assert shown["other"] == "done  image AUROC 1.000, pixel AUROC 0.900 (epoch 1 of 1)"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -97,13 +97,15 @@ def meet() -> None:
     arrivals = _count("arrivals", 1)
     everyone = math.ceil(arrivals / processes()) * processes()  # nobody comes again before all have been here
     while arrivals < everyone:
-        if _count("ended", 0) or time.monotonic() > deadline:
+        ended = _count("ended", 0)  # before the arrivals: one that has ended may have been here first
+        arrivals = _count("arrivals", 0)
+        if arrivals < everyone and (ended or time.monotonic() > deadline):
             raise UserError(
                 f"{everyone - arrivals} of {processes()} processes do not come any more (one has ended, or "
                 f"{LONGEST_WAIT} s are over); see workerlog.* in the launchers' --log_dir"
             )
-        time.sleep(POLL)
-        arrivals = _count("arrivals", 0)
+        if arrivals < everyone:
+            time.sleep(POLL)
 
 
 def same_start(model: nn.Layer) -> None:
