@@ -66,7 +66,7 @@ def assert_begins(whole, history):
         for key in set(expected) - {"seconds"}:
             assert (row[key] is None) == (expected[key] is None), key
             if row[key] is not None:
-                assert row[key] == pytest.approx(expected[key], rel=1e-5), key
+                assert row[key] == pytest.approx(expected[key], rel=1e-6), key
 
 
 def unfinished(folder):
