@@ -29,7 +29,7 @@ def train(folder, launcher, more):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("more", [[], ["--amp", "-o", "feature_noise=0.1"]])
+@pytest.mark.parametrize("more", [[], ["--amp"], ["-o", "feature_noise=0.1"]])
 def test_two_processes_give_the_losses_of_one(tmp_path, more):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
