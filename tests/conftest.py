@@ -1,13 +1,12 @@
 """What several test files share."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from deploy import runtime
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,11 +53,11 @@ def mvtec():
 def exported(tmp_path_factory):
     """The folder of an exported model that is small enough for seconds, trained for one epoch on lite_data."""
     folder = tmp_path_factory.mktemp("exported")
-    common = ["-cfg", ROOT / "configs/resnet18.yaml", "-o", "input_size=64", "-o", "flow_step=1"]
+    common = ["-cfg", f"{ROOT}/configs/resnet18.yaml", "-o", "input_size=64", "-o", "flow_step=1"]
     common += ["-o", "pretrained=offline", "--exp_dir", "exp", "--category", "bottle"]
-    for command in (
-        [ROOT / "train.py", *common, "--data", ROOT / "lite_data", "--epochs", "1"],
-        [ROOT / "deploy/export_model.py", *common, "--save_inference_dir", folder / "inference"],
+    for script, options in (
+        ("train.py", ["--data", f"{ROOT}/lite_data", "--epochs", "1"]),
+        ("deploy/export_model.py", ["--save_inference_dir", f"{folder}/inference"]),
     ):
-        subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True)
+        forked.run(script, [*common, *options], folder).check_returncode()
     return folder / "inference"

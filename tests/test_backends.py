@@ -20,6 +20,7 @@ from deploy.cli import UserError
 from deploy.imaging import label, list_images, preprocess, read_rgb
 from models.fastflow import FastFlow, per_location_score
 from models.inference_form import InferenceForm
+from tests import forked
 from tests.serving import PREDICT, Process
 from utils.checkpoint import published_state, save_checkpoint
 from utils.config import load_config
@@ -98,16 +99,18 @@ def read(paths, size):
 
 
 def export(folder, kind, target, *options):
-    command = [sys.executable, ROOT / "deploy/export_model.py", "-cfg", ROOT / "configs/resnet18.yaml", *OVERRIDES]
-    command += ["-cat", "bottle", "--format", kind, "--save_inference_dir", folder / target, *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    common = ["-cfg", ROOT / "configs/resnet18.yaml", *OVERRIDES, "-cat", "bottle", "--format", kind]
+    done = run("deploy/export_model.py", folder, *common, "--save_inference_dir", folder / target, *options)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def infer(folder, *options, script=ROOT / "deploy/infer.py"):
-    command = [sys.executable, script, *map(str, options)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+def infer(folder, *options):
+    return run("deploy/infer.py", folder, *options)
+
+
+def run(script, folder, *options):
+    return forked.run(script, list(map(str, options)), folder)
 
 
 def expected(model, images):
@@ -230,13 +233,19 @@ def test_a_backend_agrees_over_the_whole_test_set_at_the_published_size(full_siz
         check_all(loaded, *full_results, batch_size)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_agrees_over_the_real_test_set(full_size, backend, mvtec):
+@pytest.fixture(scope="module")
+def real_results(full_size, mvtec):
+    """All test pictures of MVTec's bottle, eight at a time, and what the trained model says of them."""
     images = read(list_images(f"{mvtec}/bottle/test/*/*.png"), (256, 256))
+    parts = [images[start : start + 8] for start in range(0, len(images), 8)]
+    return [(part, expected(full_size[0], part)) for part in parts]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_agrees_over_the_real_test_set(full_size, real_results, backend):
     loaded = load_exported(full_size[1], backend, Options(threads=2))
-    for start in range(0, len(images), 8):
-        part = images[start : start + 8]
-        check_all(loaded, part, expected(full_size[0], part), 8)
+    for images, results in real_results:
+        check_all(loaded, images, results, 8)
 
 
 FIRST_BATCH_OF_8 = """

@@ -20,6 +20,7 @@ from PIL import Image
 
 from deploy.backends import load_exported
 from deploy.imaging import decision_line, preprocess, read_rgb
+from tests import forked
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +46,7 @@ class Workplace:
             (folder / name).symlink_to(ROOT / name)
 
     def run(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / script, *map(str, options)]
-        environ = {**without_weights(), **environment}
-        return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=300)
+        return forked.run(script, list(map(str, options)), self.folder, {**without_weights(), **environment})
 
     def succeed(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
         done = self.run(script, *options, **environment)

@@ -20,7 +20,7 @@ from deploy import export_model
 from deploy.cli import UserError
 from deploy.imaging import read_rgb
 from deploy.infer import read_description
-from tests.killing import start
+from tests.forked import outputs, start
 from tests.test_files import recorded
 from utils.checkpoint import load_checkpoint
 from utils.history import EpochRow, best_row
@@ -41,7 +41,7 @@ def finish(folder, module, *options, **hazards):
     """Run a command to its end; return its exit code and what it has said."""
     process = start(module, [str(option) for option in options], folder, **hazards)
     process.join(200)
-    return process.exitcode, (folder / f"output-{process.pid}.txt").read_text()
+    return process.exitcode, "".join(path.read_text() for path in outputs(folder, process.pid))
 
 
 def kill_after(seconds, folder, module, *options):
@@ -310,7 +310,7 @@ def test_an_export_onto_a_full_disk_is_one_line(full_disk):
     code, output = finish(folder, "deploy.export_model", *command, largest_file=largest_file)
     assert code == 2, output
     assert re.fullmatch(r"error: results/inference: .*make room on its disk and export again\n", output)
-    assert [path.name for path in (folder / "results/inference").iterdir()] == [".lock"]
+    assert [path.name for path in (folder / "results/inference").iterdir()] == []
 
 
 def test_an_export_that_is_cut_short_anywhere_keeps_the_one_before(tmp_path, trained):

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from benchmarks.inputs import ROOT
-from benchmarks.tables import BLOCK, READMES, accuracy, speed, with_tables
+from benchmarks.tables import BLOCK, READMES, accuracy, fall, speed, with_tables
 from deploy.cli import UserError
 
 
 @pytest.mark.parametrize(("name", "language"), READMES.items())
 def test_the_tables_are_those_of_the_results(name, language):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert {match[1] for match in BLOCK.finditer(text)} == {"speed", "accuracy"}
+    assert {match[1] for match in BLOCK.finditer(text)} == {"speed", "accuracy", "crops", "fall"}
     assert with_tables(text, language) == text
 
 
@@ -34,29 +34,48 @@ def test_an_unknown_table_is_named():
         with_tables("<!-- table: height -->\n<!-- end of table -->", "en")
 
 
+def a_run(history, **evaluation):
+    evaluation = {"epoch": 5, "image_auroc": 0.75, "pixel_auroc": 0.5, "selection": "last", **evaluation}
+    evaluation["backbone"] = {"file": "x.npz"}
+    made = {"date": "today", "machine": {"cpu": "a CPU"}, "history": history, "chosen": evaluation, "last": evaluation}
+    return {"config": "resnet18", "seed": 3, "epochs": 5, "options": ["holdout=0.1"], **made}
+
+
 def test_the_table_of_accuracy_tells_last_highest_and_lowest():
     history = [
         {"epoch": epoch, "image_auroc": image, "pixel_auroc": 0.5}
         for epoch, image in enumerate((0.25, 1.0, None, 0.5, 0.75), start=1)
     ]
-    evaluation = {
-        "epoch": 5,
-        "image_auroc": 0.75,
-        "pixel_auroc": 0.5,
-        "backbone": {"file": "x.npz"},
-        "selection": "last",
-    }
-    made = {"date": "today", "machine": {"cpu": "a CPU"}}
-    runs = [{"config": "resnet18", "seed": 3, **made, "history": history, "chosen": evaluation, "last": evaluation}]
-    results = {"runs": runs, "category": "bottle", "epochs": 5}
-    assert [accuracy(results, language)[0].count(" | ") for language in ("en", "zh")] == [5, 5]
-    assert accuracy(results, "en")[0].startswith("| config | seed |")
+    results = {"runs": [a_run(history)], "category": "bottle"}
+    assert [accuracy(results, language)[0].count(" | ") for language in ("en", "zh")] == [6, 6]
+    assert accuracy(results, "en")[0].startswith("| config | seed | epochs |")
     row = accuracy(results, "en")[2]
     expected = (
-        "| `resnet18.yaml` | 3 | 0.7500 / 0.5000 | 1.0000 / 0.5000 | 0.5000 / 0.5000 | epoch 5: 0.7500 / 0.5000 |"
+        "| `resnet18.yaml` | 3 | 5 | 0.7500 / 0.5000 | 1.0000 / 0.5000 | 0.5000 / 0.5000 | epoch 5: 0.7500 / 0.5000 |"
     )
     assert row == expected
-    assert accuracy(results, "en")[-1].endswith("backbone weights x.npz; selection of the checkpoint: last.")
+    assert accuracy(results, "en")[-1] == (
+        "Category bottle, `-o holdout=0.1`; today, a CPU, backbone weights x.npz. "
+        "Selection of the checkpoint: resnet18 last."
+    )
+
+
+def test_the_table_of_the_fall_has_every_twentieth_epoch_over_the_seeds():
+    def history(shift):
+        return [
+            {"epoch": float(e), "loss": -e, "val_loss": e, "image_auroc": shift + e / 100, "pixel_auroc": 0.5}
+            for e in range(1, 46)
+        ]
+
+    runs = [a_run(history(0.0)), a_run(history(0.1)), {**a_run([]), "config": "resnet18_few"}]
+    lines = fall({"runs": runs, "category": "crops"}, "en")
+    assert lines[2:4] == [
+        "| 20 | -20.00 (-20.00 – -20.00) | 20.00 (20.00 – 20.00) | 0.250 (0.200 – 0.300) | 0.500 (0.500 – 0.500) |",
+        "| 40 | -40.00 (-40.00 – -40.00) | 40.00 (40.00 – 40.00) | 0.450 (0.400 – 0.500) | 0.500 (0.500 – 0.500) |",
+    ]
+    assert lines[4] == ""
+    assert lines[5].startswith("`resnet18.yaml`, seeds 3, 3: mean (lowest – highest). Category crops")
+    assert fall({"runs": runs, "category": "crops"}, "zh")[0].startswith("| 轮次 |")
 
 
 def test_a_figure_that_a_contender_does_not_have_is_a_dash():

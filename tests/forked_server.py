@@ -1,10 +1,10 @@
-"""What the server that forks the commands of tests/killing.py imports beforehand."""
+"""What the server that forks the commands of tests/forked.py imports beforehand."""
 
 import importlib
 import os
 
 from deploy import runtime
-from tests.killing import LATER, MODULES
+from tests.forked import LATER, MODULES
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core cost more than such a small model saves
 runtime.setup()
