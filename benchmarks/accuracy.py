@@ -2,8 +2,8 @@
 
 Runs `train.py` and `eval.py` for each configuration and seed, one after the other, and writes `accuracy.json` (every
 epoch of every run, and both evaluations) and `accuracy.png` here. What a run that was cut off had done is kept: it
-goes on where it stopped, and runs that are in `accuracy.json` are not run again. The pictures are those that
-FASTFLOW_MVTEC_DIR names.
+goes on where it stopped, and runs that are in `accuracy.json` are not run again; others join them. The pictures are
+those that FASTFLOW_MVTEC_DIR names.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.__main__ import describe_machine
 from benchmarks.inputs import ROOT
 from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import write_text
+from deploy.files import make_folder, write_text
 from utils.plots import blank_figure, write_figure
 
 CONFIGS = ("resnet18", "resnet18_stable")
@@ -35,6 +35,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="(0 1 2)")
     parser.add_argument("--epochs", type=positive_int, default=40, help="(%(default)s)")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the config, for all; repeatable",
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results (%(default)s)")
     return parser.parse_args()
 
@@ -44,56 +52,63 @@ def main() -> None:
     if not args.data:
         raise UserError("--data: name the folder of MVTec AD's categories, or set FASTFLOW_MVTEC_DIR")
     file = args.output / "accuracy.json"
-    runs = {(run["config"], run["seed"]): run for run in earlier_runs(file, args.category, args.epochs)}
+    runs = earlier_runs(file, args.category)
     for config in args.configs:
         for seed in args.seeds:
-            if (config, seed) in runs:
-                print(f"{config}, seed {seed}: measured on {runs[config, seed]['date']}, in {file}")
+            asked = {"config": config, "seed": seed, "epochs": args.epochs, "options": args.options}
+            done = next((run for run in runs if asked.items() <= run.items()), None)
+            if done:
+                print(f"{config}, seed {seed}: measured on {done['date']}, in {file}")
                 continue
-            runs[config, seed] = run(config, seed, args)
-            results = {"category": args.category, "epochs": args.epochs, "runs": [runs[key] for key in sorted(runs)]}
-            write_text(file, json.dumps(results, indent=1) + "\n")
-    draw(args.output / "accuracy.png", [runs[key] for key in sorted(runs)], args.category)
+            runs.append(asked | run(asked, args.category, Path(args.data).absolute()))
+            runs.sort(key=lambda run: [run[key] for key in asked])
+            make_folder(args.output)
+            write_text(file, json.dumps({"category": args.category, "runs": runs}, indent=1) + "\n")
+    draw(args.output / "accuracy.png", runs, args.category)
 
 
-def earlier_runs(file: Path, category: str, epochs: int) -> list[dict[str, Any]]:
+def earlier_runs(file: Path, category: str) -> list[dict[str, Any]]:
     """The runs in this accuracy.json.
 
     Raises:
-        UserError: they are of another category or length.
+        UserError: they are of another category.
     """
     if not file.exists():
         return []
     results = json.loads(file.read_text(encoding="utf-8"))
-    if (results["category"], results["epochs"]) != (category, epochs):
-        held = f"{results['category']}, {results['epochs']} epochs"
-        raise UserError(f"{file}: holds runs of {held}; give another --output for {category}, {epochs} epochs")
+    if results["category"] != category:
+        raise UserError(f"{file}: holds runs of {results['category']}; give another --output for {category}")
     return results["runs"]
 
 
-def run(config: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate once; no patience, so that every run has all its epochs."""
-    experiment = f"accuracy/{config}-{seed}-{args.epochs}"
+def run(asked: dict[str, Any], category: str, data: Path) -> dict[str, Any]:
+    """Train and evaluate once; no patience, so that every run has all its epochs.
+
+    Args:
+        asked: config, seed, epochs, options.
+    """
+    config, seed, epochs, options = asked.values()
+    experiment = "accuracy/" + "-".join(map(str, (config, seed, epochs, *options)))
     folder = ROOT / "results" / experiment
-    common = ["-cfg", f"configs/{config}.yaml", "-cat", args.category, "--data", str(Path(args.data).absolute())]
-    common += ["--exp_dir", experiment, "-o", f"seed={seed}", "-o", f"patience={args.epochs}"]
-    resume = ["--resume"] if (folder / args.category / "last.pdparams").exists() else []
-    command("train.py", *common, "--epochs", str(args.epochs), *resume)
+    common = ["-cfg", f"configs/{config}.yaml", "-cat", category, "--data", str(data), "--exp_dir", experiment]
+    for option in (f"seed={seed}", f"patience={epochs}", *options):
+        common += ["-o", option]
+    command("train.py", *common, "--epochs", str(epochs), "--resume")
     evaluations = {}
-    for name, options in (("chosen", []), ("last", ["--is_last"])):
-        command("eval.py", *common, *options)
-        row = json.loads((folder / "eval.json").read_text())["categories"][args.category]
+    for name, which in (("chosen", []), ("last", ["--is_last"])):
+        command("eval.py", *common, *which)
+        row = json.loads((folder / "eval.json").read_text())["categories"][category]
         if row["backbone"]["file"]:  # where it lies on this machine is nobody's business
             row["backbone"]["file"] = Path(row["backbone"]["file"]).name
         evaluations[name] = row
-    with open(folder / args.category / "history.csv", newline="") as file:
+    with open(folder / category / "history.csv", newline="") as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     made = {
         "date": date.today().isoformat(),
         "machine": describe_machine(),
         "versions": {name: version(name) for name in ("paddlepaddle", "numpy")},
     }
-    return {"config": config, "seed": seed, **made, "history": history, **evaluations}
+    return {**made, "history": history, **evaluations}
 
 
 def command(*words: str) -> None:

@@ -1,4 +1,4 @@
-"""The measured tables of both READMEs, made of results.json and accuracy.json: python -m benchmarks.tables
+"""The measured tables of both READMEs, made of results.json and both accuracy.json: python -m benchmarks.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; the command writes it anew.
 """
@@ -14,7 +14,7 @@ from deploy.files import write_text
 
 READMES = {"README.md": "zh", "README_en.md": "en"}
 BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
-# Rows of the table of speed: key in results.json, in English, in Chinese.
+# Rows of the table of speed, as far as they were measured: key in results.json, in English, in Chinese.
 SPEED = (
     ("step/cached/8", "training step, batch 8, features cached", "训练一步，批 8，特征已缓存"),
     ("step/backbone/8", "training step, batch 8, with the backbone", "训练一步，批 8，含骨干网络"),
@@ -25,6 +25,16 @@ SPEED = (
     ("evaluation/83", "evaluation of 83 maps of 256x256, model excluded", "评估 83 张 256×256 的图，不含模型"),
     ("latency", "latency of one picture", "单张图片的延迟"),
     ("throughput/8", "throughput, batch 8", "吞吐量，批 8"),
+    ("inference/OpenVINO fp32/1", "exported, OpenVINO float32, batch 1", "导出的模型，OpenVINO float32，批 1"),
+    ("inference/OpenVINO fp32/8", "exported, OpenVINO float32, batch 8", "导出的模型，OpenVINO float32，批 8"),
+    ("inference/OpenVINO bf16/1", "exported, OpenVINO bfloat16, batch 1", "导出的模型，OpenVINO bfloat16，批 1"),
+    ("inference/OpenVINO bf16/8", "exported, OpenVINO bfloat16, batch 8", "导出的模型，OpenVINO bfloat16，批 8"),
+    ("inference/ONNX Runtime fp32/1", "exported, ONNX Runtime, batch 1", "导出的模型，ONNX Runtime，批 1"),
+    (
+        "inference/own framework fp32/1",
+        "exported, Paddle Inference (anomalib: PyTorch), batch 1",
+        "导出的模型，Paddle Inference（anomalib：PyTorch），批 1",
+    ),
 )
 COLUMNS = {
     "en": (
@@ -60,17 +70,20 @@ def with_tables(text: str, language: str) -> str:
     Raises:
         UserError: the text names a table that is not known.
     """
-    folder = ROOT / "benchmarks"
     makers = {
-        "speed": lambda: speed(json.loads((folder / "results.json").read_text()), language),
-        "accuracy": lambda: accuracy(json.loads((folder / "accuracy.json").read_text()), language),
+        "speed": (speed, "results.json"),
+        "accuracy": (accuracy, "accuracy.json"),
+        "crops": (accuracy, "accuracy_crops/accuracy.json"),
+        "fall": (fall, "accuracy_crops/accuracy.json"),
     }
 
     def table(match: re.Match) -> str:
         name = match[1]
         if name not in makers:
             raise UserError(f"README: unknown table {name}; there are: {', '.join(makers)}")
-        return f"<!-- table: {name} -->\n" + "\n".join(makers[name]()) + "\n<!-- end of table -->"
+        maker, file = makers[name]
+        lines = maker(json.loads((ROOT / "benchmarks" / file).read_text(encoding="utf-8")), language)
+        return f"<!-- table: {name} -->\n" + "\n".join(lines) + "\n<!-- end of table -->"
 
     return BLOCK.sub(table, text)
 
@@ -84,6 +97,8 @@ def speed(results: dict[str, Any], language: str) -> list[str]:
     figures = results["figures"]
     lines = [f"|  | {' | '.join(COLUMNS[language])} |", "| :-- |" + " --: |" * len(COLUMNS[language])]
     for key, *texts in SPEED:
+        if key not in figures:  # bfloat16, on a CPU that has none
+            continue
         cells = [
             number(figures[key]["results"][name]["median"], figures[key]["unit"])
             if name in figures[key]["results"]
@@ -116,12 +131,21 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         "en": (
             "config",
             "seed",
+            "epochs",
             "last epoch: image / pixel AUROC",
             "highest of all epochs",
             "lowest of the second half",
             "checkpoint chosen by the config",
         ),
-        "zh": ("配置", "种子", "最后一轮：图像 / 像素 AUROC", "各轮最高", "后一半轮次的最低", "配置选出的检查点"),
+        "zh": (
+            "配置",
+            "种子",
+            "轮数",
+            "最后一轮：图像 / 像素 AUROC",
+            "各轮最高",
+            "后一半轮次的最低",
+            "配置选出的检查点",
+        ),
     }[language]
     lines = [f"| {' | '.join(heads)} |", "| :-- |" + " :-: |" * (len(heads) - 1)]
     epoch_word = {"en": "epoch {}", "zh": "第 {} 轮"}[language]
@@ -133,22 +157,55 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         cells = [
             f"`{run['config']}.yaml`",
             str(run["seed"]),
+            str(run["epochs"]),
             _pair(pairs[-1]),
             _pair([max(column) for column in columns]),
             _pair([min(column) for column in late]),
             f"{epoch_word.format(chosen['epoch'])}: {_pair((chosen['image_auroc'], chosen['pixel_auroc']))}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    files = {run["last"]["backbone"]["file"] for run in results["runs"]}
-    weights = ", ".join(sorted(file or "offline start" for file in files))
-    dates = ", ".join(sorted({run["date"] for run in results["runs"]}))
-    machines = ", ".join(sorted({run["machine"]["cpu"] for run in results["runs"]}))
-    selections = ", ".join(sorted({run["chosen"]["selection"] for run in results["runs"]}))
+    selections = dict.fromkeys(f"{run['config']} {run['chosen']['selection']}" for run in results["runs"])
+    selected = {"en": "Selection of the checkpoint: ", "zh": "检查点的选择："}[language] + ", ".join(selections)
+    return [*lines, "", f"{_origin(results['category'], results['runs'], language)} {selected}."]
+
+
+def fall(results: dict[str, Any], language: str) -> list[str]:
+    """How the published configuration goes on: a row every 20 epochs, mean over the seeds (lowest to highest).
+
+    Args:
+        results: the content of the crops' accuracy.json.
+    """
+    runs = [run for run in results["runs"] if run["config"] == "resnet18"]
+    heads = {
+        "en": ("epoch", "training loss", "loss of the held-out pictures", "image AUROC", "pixel AUROC"),
+        "zh": ("轮次", "训练损失", "留出图片的损失", "图像 AUROC", "像素 AUROC"),
+    }[language]
+    lines = [f"| {' | '.join(heads)} |", "| --: |" + " :-: |" * (len(heads) - 1)]
+    for rows in zip(*(run["history"][19::20] for run in runs), strict=True):
+        cells = [f"{rows[0]['epoch']:.0f}"]
+        for key, digits in (("loss", 2), ("val_loss", 2), ("image_auroc", 3), ("pixel_auroc", 3)):
+            values = [row[key] for row in rows]
+            mean, low, high = (f"{value:.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
+            cells.append(f"{mean} ({low} – {high})")
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = ", ".join(str(run["seed"]) for run in runs)
     note = {
-        "en": "{} of MVTec AD, {} epochs, {}, {}, backbone weights {}; selection of the checkpoint: {}.",
-        "zh": "MVTec AD 的 {}，{} 轮，{}，{}，骨干权重 {}；检查点的选择：{}。",
-    }[language].format(results["category"], results["epochs"], dates, machines, weights, selections)
-    return [*lines, "", note]
+        "en": "`resnet18.yaml`, seeds {}: mean (lowest – highest). ",
+        "zh": "`resnet18.yaml`，种子 {}：平均（最低 – 最高）。",
+    }[language].format(seeds)
+    return [*lines, "", note + _origin(results["category"], runs, language)]
+
+
+def _origin(category: str, runs: list[dict[str, Any]], language: str) -> str:
+    """What the runs of accuracy.json were made with, when and where."""
+    weights = ", ".join(sorted({run["last"]["backbone"]["file"] or "offline start" for run in runs}))
+    dates = ", ".join(sorted({run["date"] for run in runs}))
+    machines = ", ".join(sorted({run["machine"]["cpu"] for run in runs}))
+    options = "".join(f", `-o {option}`" for option in runs[0]["options"])
+    return {
+        "en": f"Category {category}{options}; {dates}, {machines}, backbone weights {weights}.",
+        "zh": f"类别 {category}{options}；{dates}，{machines}，骨干权重 {weights}。",
+    }[language]
 
 
 def _pair(values: tuple[float, float] | list[float]) -> str:
