@@ -288,8 +288,8 @@ def _running(version: str, images: Any, *advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Paddle puts many lines around the one that begins with the kind of error.
-        reason = re.search(r"\w+Error: .*", str(error))
+        # Paddle 3 puts many lines around the one that begins with the kind of error; with Paddle 2.6 it is the first.
+        reason = re.search(r"\w+Error: .*", str(error)) or re.match(r"\(\w+\) .*", str(error).lstrip())
         what = "; ".join((*advice, "run smaller batches if memory is short"))
         raise UserError(
             f"{version} failed on pictures {list(images.shape)} ({reason[0] if reason else error}); {what}"

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says of it
+
 
 class UserError(Exception):
     """Bad input. The message names the file or option, what is wrong and what to do."""
@@ -107,7 +109,7 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
     except OSError as error:
         if error.filename is not None:  # a name that is too long, a folder that may not be read
             report_error(Exception(f"{error.filename}: {error.strerror}"))
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        elif error.errno in DISK_FULL:
             report_error(Exception(f"the output cannot be written ({error.strerror}); make room on its disk"))
             _silence()
         else:

@@ -24,7 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository's root
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
-from deploy.cli import UserError, run_main
+from deploy.cli import DISK_FULL, UserError, run_main
 from deploy.files import flush, hold_folder, make_folder
 from deploy.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
@@ -108,7 +108,8 @@ def main() -> None:
             (target / name).unlink(missing_ok=True)  # of an earlier export in another format
         flush(target)
     except OSError as error:
-        raise UserError(f"{target}: the export cannot be written ({error.strerror or error})") from error
+        advice = f"; {ADVICE}" if error.errno in DISK_FULL else ""
+        raise UserError(f"{target}: the export cannot be written ({error.strerror or error}){advice}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"inference model has been saved into {args.save_inference_dir}")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +42,7 @@ from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
 from deploy.cli import UserError
 from models.fastflow import negative_log_likelihood
+from tests.converter import needs_converter
 from utils.checkpoint import published_state
 from utils.evaluation import Scores, measure
 
@@ -125,9 +125,7 @@ def test_a_worker_answers_and_reports_what_fails():
         worker.stop()
 
 
-@pytest.mark.skipif(
-    not all(map(find_spec, ("openvino", "paddle2onnx", "onnx"))), reason="pip install -r requirements-deploy.txt"
-)
+@needs_converter("openvino")
 def test_exported_models_are_measured(tmp_path):
     worker = Worker(make_contenders(1, 1)[OURS])
     try:

@@ -9,10 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.converter import needs_converter
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = "test_tipc/test_train_inference_python.sh"
@@ -759,9 +760,7 @@ def run_real(root, exported, chain, mode, changes):
     )
 
 
-@pytest.mark.skipif(
-    not (find_spec("paddle2onnx") and find_spec("onnxruntime")), reason="pip install -r requirements-deploy.txt"
-)
+@needs_converter("onnxruntime")
 def test_paddle2onnx_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "paddle2onnx_infer_python", "whole_infer", {})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -776,6 +775,7 @@ def test_serving_for_real(tmp_path, exported):
     assert "26 pictures agree" in done.stdout and "Run successfully with command - " in done.stdout
 
 
+@needs_converter()
 def test_ptq_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_ptq_infer_python", "whole_infer", {})
     assert done.returncode == 3, done.stdout + done.stderr
