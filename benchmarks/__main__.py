@@ -32,7 +32,7 @@ from benchmarks.report import (
 )
 from deploy import runtime
 from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import write_text
+from deploy.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
 SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
@@ -63,6 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    make_folder(args.output)
     plan = QUICK if args.quick else FULL
     threads = args.threads or runtime.available_cores()
     contenders = make_contenders(args.threads, threads)

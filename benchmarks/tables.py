@@ -5,6 +5,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; the c
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.inputs import ROOT
@@ -14,7 +15,7 @@ from deploy.files import write_text
 
 READMES = {"README.md": "zh", "README_en.md": "en"}
 BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
-# Rows of the table of speed, as far as they were measured: key in results.json, in English, in Chinese.
+# Rows of the table of speed: key in results.json, in English, in Chinese.
 SPEED = (
     ("step/cached/8", "training step, batch 8, features cached", "训练一步，批 8，特征已缓存"),
     ("step/backbone/8", "training step, batch 8, with the backbone", "训练一步，批 8，含骨干网络"),
@@ -25,16 +26,17 @@ SPEED = (
     ("evaluation/83", "evaluation of 83 maps of 256x256, model excluded", "评估 83 张 256×256 的图，不含模型"),
     ("latency", "latency of one picture", "单张图片的延迟"),
     ("throughput/8", "throughput, batch 8", "吞吐量，批 8"),
-    ("inference/OpenVINO fp32/1", "exported, OpenVINO float32, batch 1", "导出的模型，OpenVINO float32，批 1"),
-    ("inference/OpenVINO fp32/8", "exported, OpenVINO float32, batch 8", "导出的模型，OpenVINO float32，批 8"),
-    ("inference/OpenVINO bf16/1", "exported, OpenVINO bfloat16, batch 1", "导出的模型，OpenVINO bfloat16，批 1"),
-    ("inference/OpenVINO bf16/8", "exported, OpenVINO bfloat16, batch 8", "导出的模型，OpenVINO bfloat16，批 8"),
-    ("inference/ONNX Runtime fp32/1", "exported, ONNX Runtime, batch 1", "导出的模型，ONNX Runtime，批 1"),
-    (
-        "inference/own framework fp32/1",
-        "exported, Paddle Inference (anomalib: PyTorch), batch 1",
-        "导出的模型，Paddle Inference（anomalib：PyTorch），批 1",
-    ),
+)
+# The same of the table of exported models, as far as the CPU can do it.
+EXPORTED = tuple(
+    (f"inference/{name}/{batch}", f"{en}, batch {batch}", f"{zh}，批 {batch}")
+    for name, en, zh in (
+        ("OpenVINO fp32", "OpenVINO", "OpenVINO"),
+        ("OpenVINO bf16", "OpenVINO, bfloat16", "OpenVINO，bfloat16"),
+        ("ONNX Runtime fp32", "ONNX Runtime", "ONNX Runtime"),
+        ("own framework fp32", "Paddle Inference; anomalib: PyTorch", "Paddle Inference；anomalib：PyTorch"),
+    )
+    for batch in (1, 8)
 )
 COLUMNS = {
     "en": (
@@ -72,6 +74,7 @@ def with_tables(text: str, language: str) -> str:
     """
     makers = {
         "speed": (speed, "results.json"),
+        "exported": (exported, "exported/results.json"),
         "accuracy": (accuracy, "accuracy.json"),
         "crops": (accuracy, "accuracy_crops/accuracy.json"),
         "fall": (fall, "accuracy_crops/accuracy.json"),
@@ -95,28 +98,48 @@ def speed(results: dict[str, Any], language: str) -> list[str]:
         results: the content of results.json.
     """
     figures = results["figures"]
-    lines = [f"|  | {' | '.join(COLUMNS[language])} |", "| :-- |" + " --: |" * len(COLUMNS[language])]
-    for key, *texts in SPEED:
-        if key not in figures:  # bfloat16, on a CPU that has none
-            continue
-        cells = [
-            number(figures[key]["results"][name]["median"], figures[key]["unit"])
-            if name in figures[key]["results"]
-            else "–"
-            for name in CONTENDERS
-        ]
-        lines.append(f"| {texts[language == 'zh']} | {' | '.join(cells)} |")
-    machine = results["machine"]["cpu"]
-    paddle = results["versions"]["paddlepaddle"]
     memory = number(figures["memory/train.py"]["results"]["ours"]["median"], "bytes")
     infer, plain = (figures[key]["results"]["ours"]["median"] for key in ("start/infer", "start/paddle"))
     note = {
-        "en": f"Medians of {results['date']}, {machine}, {results['threads']} threads, PaddlePaddle {paddle}, float32. "
-        f"Training bottle takes {memory} of memory at its peak; `deploy/infer.py` on one picture takes "
+        "en": f"Training bottle takes {memory} of memory at its peak; `deploy/infer.py` on one picture takes "
         f"{infer / plain:.2f} times as long as `import paddle`.",
-        "zh": f"中位数，{results['date']}，{machine}，{results['threads']} 个线程，PaddlePaddle {paddle}，float32。"
-        f"训练 bottle 的内存峰值为 {memory}；`deploy/infer.py` 处理一张图片的总时间是 `import paddle` 的 "
+        "zh": f"训练 bottle 的内存峰值为 {memory}；`deploy/infer.py` 处理一张图片的总时间是 `import paddle` 的 "
         f"{infer / plain:.2f} 倍。",
+    }
+    lines = _medians(results, SPEED, language)
+    return [*lines[:-1], f"{lines[-1]} {note[language]}" if language == "en" else lines[-1] + note[language]]
+
+
+def exported(results: dict[str, Any], language: str) -> list[str]:
+    """Seconds that a run of an exported model takes, a row a runtime and batch size, a column a contender.
+
+    Args:
+        results: the content of the results.json of `--only inference`.
+    """
+    return _medians(results, EXPORTED, language)
+
+
+def _medians(results: dict[str, Any], rows: Sequence[tuple[str, str, str]], language: str) -> list[str]:
+    """The rows that were measured, with the contenders that were; then what was measured where."""
+    figures = results["figures"]
+    rows = [row for row in rows if row[0] in figures]
+    columns = [
+        (name, title)
+        for name, title in zip(CONTENDERS, COLUMNS[language], strict=True)
+        if any(name in figures[row[0]]["results"] for row in rows)
+    ]
+    lines = [f"|  | {' | '.join(title for _, title in columns)} |", "| :-- |" + " --: |" * len(columns)]
+    for key, *texts in rows:
+        figure = figures[key]
+        cells = [
+            number(figure["results"][name]["median"], figure["unit"]) if name in figure["results"] else "–"
+            for name, _ in columns
+        ]
+        lines.append(f"| {texts[language == 'zh']} | {' | '.join(cells)} |")
+    machine, paddle, threads = results["machine"]["cpu"], results["versions"]["paddlepaddle"], results["threads"]
+    note = {
+        "en": f"Medians of {results['date']}, {machine}, {threads} threads, PaddlePaddle {paddle}, float32 unless said.",
+        "zh": f"中位数，{results['date']}，{machine}，{threads} 个线程，PaddlePaddle {paddle}，未注明的都是 float32。",
     }
     return [*lines, "", note[language]]
 

@@ -217,8 +217,11 @@ def check_all(loaded, images, results, batch_size):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_over_the_whole_test_set_at_the_published_size(full_size, full_results, backend):
     loaded = load_exported(full_size[1], backend, Options(threads=2))
-    for batch_size in (8, 3, 1):
-        check_all(loaded, *full_results, batch_size)
+    images, results = full_results
+    check_all(loaded, images, results, 8)
+    few = slice(None, None, 3)
+    for batch_size in (3, 1):
+        check_all(loaded, images[few], [result[few] for result in results], batch_size)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from benchmarks.inputs import ROOT
-from benchmarks.tables import BLOCK, READMES, accuracy, fall, speed, with_tables
+from benchmarks.tables import BLOCK, READMES, accuracy, exported, fall, speed, with_tables
 from deploy.cli import UserError
 
 
 @pytest.mark.parametrize(("name", "language"), READMES.items())
 def test_the_tables_are_those_of_the_results(name, language):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert {match[1] for match in BLOCK.finditer(text)} == {"speed", "accuracy", "crops", "fall"}
+    assert {match[1] for match in BLOCK.finditer(text)} == {"speed", "exported", "accuracy", "crops", "fall"}
     assert with_tables(text, language) == text
 
 
@@ -78,15 +78,24 @@ def test_the_table_of_the_fall_has_every_twentieth_epoch_over_the_seeds():
     assert fall({"runs": runs, "category": "crops"}, "zh")[0].startswith("| 轮次 |")
 
 
-def test_a_figure_that_a_contender_does_not_have_is_a_dash():
-    keys = ["step/cached/8", "step/backbone/8", "step/cached/32", "step/backbone/32", "epoch", "later epoch"]
-    keys += ["evaluation/83", "latency", "throughput/8", "memory/train.py", "start/infer", "start/paddle"]
+def results_of(keys):
     figures = {key: {"unit": "bytes" if "memory" in key else "s", "results": {"ours": {"median": 2.0}}} for key in keys}
-    results = {
-        "figures": figures,
-        "machine": {"cpu": "a CPU"},
-        "versions": {"paddlepaddle": "3"},
-        "threads": 2,
-        "date": "",
-    }
-    assert speed(results, "en")[2] == "| training step, batch 8, features cached | 2 s | – | – | – | – |"
+    made = {"machine": {"cpu": "a CPU"}, "versions": {"paddlepaddle": "3"}, "threads": 2, "date": "today"}
+    return {"figures": figures, **made}
+
+
+def test_the_table_of_speed_has_what_was_measured_and_dashes():
+    results = results_of(["step/cached/8", "epoch", "memory/train.py", "start/infer", "start/paddle"])
+    results["figures"]["epoch"]["results"]["anomalib"] = {"median": 3.0}
+    lines = speed(results, "en")
+    assert lines[0] == "|  | ours | anomalib 2.7, width 1.06 |"
+    assert lines[2] == "| training step, batch 8, features cached | 2 s | – |"
+    assert lines[3] == "| first epoch with evaluation, 209 + 83 pictures | 2 s | 3 s |"
+    assert lines[4] == ""
+    assert "today, a CPU, 2 threads, PaddlePaddle 3" in lines[5]
+    assert "2.00 GB" in lines[5] and "1.00 times as long" in lines[5]
+
+
+def test_the_table_of_exported_models_leaves_out_what_the_cpu_lacks():
+    lines = exported(results_of(["inference/OpenVINO fp32/1", "inference/OpenVINO fp32/8"]), "zh")
+    assert lines[:5] == ["|  | 本仓库 |", "| :-- | --: |", "| OpenVINO，批 1 | 2 s |", "| OpenVINO，批 8 | 2 s |", ""]
