@@ -138,7 +138,8 @@ def _medians(results: dict[str, Any], rows: Sequence[tuple[str, str, str]], lang
         lines.append(f"| {texts[language == 'zh']} | {' | '.join(cells)} |")
     machine, paddle, threads = results["machine"]["cpu"], results["versions"]["paddlepaddle"], results["threads"]
     note = {
-        "en": f"Medians of {results['date']}, {machine}, {threads} threads, PaddlePaddle {paddle}, float32 unless said.",
+        "en": f"Medians of {results['date']}, {machine}, {threads} threads, PaddlePaddle {paddle}; "
+        "float32 unless it says otherwise.",
         "zh": f"中位数，{results['date']}，{machine}，{threads} 个线程，PaddlePaddle {paddle}，未注明的都是 float32。",
     }
     return [*lines, "", note[language]]
