@@ -51,43 +51,39 @@ def main() -> None:
     args = parse_args()
     if not args.data:
         raise UserError("--data: name the folder of MVTec AD's categories, or set FASTFLOW_MVTEC_DIR")
-    file = args.output / "accuracy.json"
-    runs = earlier_runs(file, args.category)
+    file = make_folder(args.output) / "accuracy.json"
+    made_with = {"category": args.category, "options": args.options}
+    runs = earlier_runs(file, made_with)
     for config in args.configs:
         for seed in args.seeds:
-            asked = {"config": config, "seed": seed, "epochs": args.epochs, "options": args.options}
+            asked = {"config": config, "seed": seed, "epochs": args.epochs}
             done = next((run for run in runs if asked.items() <= run.items()), None)
             if done:
                 print(f"{config}, seed {seed}: measured on {done['date']}, in {file}")
                 continue
-            runs.append(asked | run(asked, args.category, Path(args.data).absolute()))
+            runs.append(asked | run(**asked, data=Path(args.data).absolute(), **made_with))
             runs.sort(key=lambda run: [run[key] for key in asked])
-            make_folder(args.output)
-            write_text(file, json.dumps({"category": args.category, "runs": runs}, indent=1) + "\n")
+            write_text(file, json.dumps({**made_with, "runs": runs}, indent=1) + "\n")
     draw(args.output / "accuracy.png", runs, args.category)
 
 
-def earlier_runs(file: Path, category: str) -> list[dict[str, Any]]:
+def earlier_runs(file: Path, made_with: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs in this accuracy.json.
 
     Raises:
-        UserError: they are of another category.
+        UserError: they are of another category, or with other options.
     """
     if not file.exists():
         return []
     results = json.loads(file.read_text(encoding="utf-8"))
-    if results["category"] != category:
-        raise UserError(f"{file}: holds runs of {results['category']}; give another --output for {category}")
+    for what, value in made_with.items():
+        if results[what] != value:
+            raise UserError(f"{file}: holds runs of {what} {results[what]}; give another --output for {value}")
     return results["runs"]
 
 
-def run(asked: dict[str, Any], category: str, data: Path) -> dict[str, Any]:
-    """Train and evaluate once; no patience, so that every run has all its epochs.
-
-    Args:
-        asked: config, seed, epochs, options.
-    """
-    config, seed, epochs, options = asked.values()
+def run(config: str, seed: int, epochs: int, data: Path, category: str, options: list[str]) -> dict[str, Any]:
+    """Train and evaluate once; no patience, so that every run has all its epochs."""
     experiment = "accuracy/" + "-".join(map(str, (config, seed, epochs, *options)))
     folder = ROOT / "results" / experiment
     common = ["-cfg", f"configs/{config}.yaml", "-cat", category, "--data", str(data), "--exp_dir", experiment]
@@ -128,7 +124,7 @@ def draw(path: Path, runs: list[dict[str, Any]], category: str) -> None:
     for axes, kind in zip(figure.subplots(1, 2), ("image", "pixel"), strict=True):
         for run in runs:
             rows = [row for row in run["history"] if row[f"{kind}_auroc"] is not None]
-            first = run["seed"] == min(other["seed"] for other in runs)
+            first = next(other for other in runs if other["config"] == run["config"]) is run
             axes.plot(
                 [row["epoch"] for row in rows],
                 [row[f"{kind}_auroc"] for row in rows],

@@ -1,4 +1,4 @@
-"""The measured tables of both READMEs, made of results.json and both accuracy.json: python -m benchmarks.tables
+"""The measured tables of both READMEs, made of the JSON files beside it: python -m benchmarks.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; the command writes it anew.
 """
@@ -106,8 +106,7 @@ def speed(results: dict[str, Any], language: str) -> list[str]:
         "zh": f"训练 bottle 的内存峰值为 {memory}；`deploy/infer.py` 处理一张图片的总时间是 `import paddle` 的 "
         f"{infer / plain:.2f} 倍。",
     }
-    lines = _medians(results, SPEED, language)
-    return [*lines[:-1], f"{lines[-1]} {note[language]}" if language == "en" else lines[-1] + note[language]]
+    return [*_medians(results, SPEED, language), note[language]]
 
 
 def exported(results: dict[str, Any], language: str) -> list[str]:
@@ -190,7 +189,7 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     selections = dict.fromkeys(f"{run['config']} {run['chosen']['selection']}" for run in results["runs"])
     selected = {"en": "Selection of the checkpoint: ", "zh": "检查点的选择："}[language] + ", ".join(selections)
-    return [*lines, "", f"{_origin(results['category'], results['runs'], language)} {selected}."]
+    return [*lines, "", f"{_origin(results, results['runs'], language)} {selected}."]
 
 
 def fall(results: dict[str, Any], language: str) -> list[str]:
@@ -217,18 +216,18 @@ def fall(results: dict[str, Any], language: str) -> list[str]:
         "en": "`resnet18.yaml`, seeds {}: mean (lowest – highest). ",
         "zh": "`resnet18.yaml`，种子 {}：平均（最低 – 最高）。",
     }[language].format(seeds)
-    return [*lines, "", note + _origin(results["category"], runs, language)]
+    return [*lines, "", note + _origin(results, runs, language)]
 
 
-def _origin(category: str, runs: list[dict[str, Any]], language: str) -> str:
-    """What the runs of accuracy.json were made with, when and where."""
+def _origin(results: dict[str, Any], runs: list[dict[str, Any]], language: str) -> str:
+    """What these runs of accuracy.json were made with, when and where."""
     weights = ", ".join(sorted({run["last"]["backbone"]["file"] or "offline start" for run in runs}))
     dates = ", ".join(sorted({run["date"] for run in runs}))
     machines = ", ".join(sorted({run["machine"]["cpu"] for run in runs}))
-    options = "".join(f", `-o {option}`" for option in runs[0]["options"])
+    options = "".join(f", `-o {option}`" for option in results["options"])
     return {
-        "en": f"Category {category}{options}; {dates}, {machines}, backbone weights {weights}.",
-        "zh": f"类别 {category}{options}；{dates}，{machines}，骨干权重 {weights}。",
+        "en": f"Category {results['category']}{options}; {dates}, {machines}, backbone weights {weights}.",
+        "zh": f"类别 {results['category']}{options}；{dates}，{machines}，骨干权重 {weights}。",
     }[language]
 
 

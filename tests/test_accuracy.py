@@ -7,6 +7,8 @@ import pytest
 from benchmarks import accuracy
 from deploy.cli import UserError
 
+OPTIONS = ["input_size=64"]
+
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
@@ -27,16 +29,18 @@ def commands(monkeypatch, tmp_path):
 
 
 def measure(monkeypatch, output, *options):
-    monkeypatch.setattr("sys.argv", ["accuracy", "--data", "data", "--output", str(output), *options])
+    monkeypatch.setattr("sys.argv", ["accuracy", "--data", "data", "--output", str(output), "-o", *OPTIONS, *options])
     accuracy.main()
-    return json.loads((output / "accuracy.json").read_text())["runs"]
+    results = json.loads((output / "accuracy.json").read_text())
+    assert (results["category"], results["options"]) == ("bottle", OPTIONS)
+    return results["runs"]
 
 
 def test_each_run_is_trained_and_evaluated_once_and_others_join(monkeypatch, tmp_path, commands):
     output = tmp_path / "new/folder"
-    short = ("--configs", "resnet18", "--epochs", "2", "-o", "input_size=64")
+    short = ("--configs", "resnet18", "--epochs", "2")
     (first,) = measure(monkeypatch, output, *short, "--seeds", "1")
-    assert (first["config"], first["seed"], first["epochs"], first["options"]) == ("resnet18", 1, 2, ["input_size=64"])
+    assert (first["config"], first["seed"], first["epochs"]) == ("resnet18", 1, 2)
     assert first["history"] == [
         {"epoch": 1, "loss": 2.5, "image_auroc": None, "pixel_auroc": None},
         {"epoch": 2, "loss": 1.5, "image_auroc": 0.75, "pixel_auroc": 0.5},
@@ -55,7 +59,9 @@ def test_each_run_is_trained_and_evaluated_once_and_others_join(monkeypatch, tmp
     assert (output / "accuracy.png").stat().st_size > 0
 
 
-def test_runs_of_another_category_are_not_mixed(monkeypatch, tmp_path, commands):
+def test_runs_of_another_category_or_with_other_options_are_not_mixed(monkeypatch, tmp_path, commands):
     measure(monkeypatch, tmp_path, "--configs", "resnet18", "--seeds", "0")
-    with pytest.raises(UserError, match="holds runs of bottle; give another --output for cable"):
+    with pytest.raises(UserError, match="holds runs of category bottle; give another --output for cable"):
         measure(monkeypatch, tmp_path, "--category", "cable")
+    with pytest.raises(UserError, match=r"holds runs of options .*; give another --output for .*flow_step=1"):
+        measure(monkeypatch, tmp_path, "-o", "flow_step=1")
