@@ -12,7 +12,7 @@ from deploy.cli import UserError
 from models.fastflow import FastFlow
 from utils.averaging import WeightAverage
 from utils.config import load_config
-from utils.training import draw_noise, learning_rate
+from utils.training import backward, draw_noise, learning_rate
 
 STABLE = "configs/resnet18_stable.yaml"
 
@@ -195,3 +195,20 @@ def test_an_average_follows_a_real_step(model):
     assert some
     for name in some:
         assert 0 < moved[name] <= after[name]
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(KeyboardInterrupt, KeyboardInterrupt), (ValueError, OSError)])
+def test_ctrl_c_in_a_backward_pass_stays_one(raised, expected):
+    class Interrupted(paddle.autograd.PyLayer):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise raised
+
+    x = paddle.ones([2])
+    x.stop_gradient = False
+    with pytest.raises(expected):
+        backward(Interrupted.apply(x).sum())

@@ -74,6 +74,20 @@ def draw_noise(features: Sequence[Tensor], rows: np.ndarray, count: int, state: 
     return [paddle.index_select(paddle.randn([count, *x.shape[1:]]), chosen) for x in features]
 
 
+def backward(loss: Tensor) -> None:
+    """The gradients of the loss; Ctrl-C in the backward pass of a `PyLayer` stays one.
+
+    Raises:
+        KeyboardInterrupt: it came meanwhile. Paddle makes an OSError of it that only names it in its text.
+    """
+    try:
+        loss.backward()
+    except OSError as error:
+        if "KeyboardInterrupt" in str(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
 def training_step(
     model: FastFlow,
     optimizer: paddle.optimizer.Optimizer,
@@ -94,7 +108,7 @@ def training_step(
         the loss of the global batch before the change, a scalar still on the device.
     """
     loss = negative_log_likelihood(model.latents(features, noise)) * weight
-    (scale.scaled(loss) if scale else loss).backward()
+    backward(scale.scaled(loss) if scale else loss)
     total = loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     distributed.sum_over_processes([total, *gradients])  # so what is not finite is so in every process
