@@ -20,7 +20,6 @@ What belongs to the shapes least recently used is dropped. One lock guards all o
 """
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -47,10 +46,13 @@ from models.onednn import (
     PostOps,
     Unavailable,
     WeightsGradient,
+    WeightsGradientByProducts,
+    channel_sums,
     eltwise_gradient,
     multiply,
     reorder,
     unavailable,
+    weights_gradient,
 )
 
 # Numbers of a feature map, (images, C, H, W), that go through the flow together: 4 MB. Measured at batch 8 on two cores
@@ -241,8 +243,8 @@ class _Backward:
     def __init__(self, b: int, half: int, hidden: int, h: int, w: int, kind: int, kernel: int, clamp: float) -> None:
         condition, inner = (b, half, h, w), (b, hidden, h, w)
         w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
-        self.w1_gradient = WeightsGradient(condition, w1, kind)
-        self.w2_gradient = WeightsGradient(inner, w2, kind)
+        self.w1_gradient = weights_gradient(condition, w1, kind)
+        self.w2_gradient = weights_gradient(inner, w2, kind)
         self.conv_a_adjoint = Convolution(condition, w1, kind=kind, dst_kind=kind)
         self.conv_t_adjoint = Convolution(condition, w1, post_ops=PostOps().sum(), kind=kind, dst_kind=kind)
         self.conv1_adjoint = Convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
@@ -272,8 +274,8 @@ class _Backward:
         for weight, half in zip(weights.unmixing, self.y.halves, strict=True):
             forward.mix(g.whole, weight, self.no_bias, half)
         gy, y = self.y.whole.array, memory.y.whole.array
-        sums.scale += _channel_sums(gy, y)
-        sums.offset += _channel_sums(gy)
+        sums.scale += channel_sums(gy, y).ravel()
+        sums.offset += channel_sums(gy).ravel()
         (x1, x2), (_, y2) = memory.x.halves, memory.y.halves
         (gx1, gx2), (gy1, gy2) = g.halves, self.y.halves
         # the second use of the subnet first: it gives gy2 its other part
@@ -296,7 +298,7 @@ class _Backward:
 
     @staticmethod
     def _add(
-        gradient: WeightsGradient,
+        gradient: WeightsGradient | WeightsGradientByProducts,
         src: Buffer,
         g: Buffer,
         w: Buffer,
@@ -477,16 +479,3 @@ def _tensor(array: np.ndarray) -> Tensor:
     tensor = paddle.empty(array.shape, "float32")
     Buffer.of(tensor).array[...] = array
     return tensor
-
-
-def _channel_sums(*stacks: np.ndarray) -> np.ndarray:
-    """The sum over pixels of the product of stacks (2, b, H, W, C/2) -> (C).
-
-    Many pixels are taken as one long row first, which numpy adds several times faster than short rows.
-    """
-    half = stacks[0].shape[-1]
-    pixels = stacks[0].size // 2 // half
-    group = math.gcd(pixels, 64)
-    rows = [s.reshape(2, pixels // group, group * half) for s in stacks]
-    sums = np.einsum("ikn,ikn->in", *rows) if len(rows) == 2 else rows[0].sum(1)
-    return sums.reshape(2, group, half).sum(1).ravel()

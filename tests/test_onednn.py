@@ -243,6 +243,29 @@ def test_networks_it_does_not_know_go_the_plain_way(random):
     assert folded.features(model, tensor(random, 1, 3, 64, 64), lambda _: "plain") == "plain"
 
 
+@needs_onednn
+@pytest.mark.parametrize("form", [onednn.WeightsGradient, onednn.WeightsGradientByProducts])
+@pytest.mark.parametrize(
+    ("src", "weights"),
+    [((2, 16, 9, 7), (33, 16, 3, 3)), ((3, 33, 6, 8), (16, 33, 3, 3)), ((2, 33, 5, 5), (7, 33, 1, 1))],
+)
+def test_both_forms_of_the_weights_gradient_are_paddles(random, form, src, weights):
+    b, _, h, w = src
+    o, _, kernel, _ = weights
+    x, parameter, bias, g = (tensor(random, *shape) for shape in (src, weights, [o], (b, o, h, w)))
+    parameter.stop_gradient = bias.stop_gradient = False
+    y = paddle.nn.functional.conv2d(x, parameter, bias, padding=kernel // 2)
+    expected = paddle.grad(y, [parameter, bias], g)
+
+    last, last_g = (onednn.Buffer(np.ascontiguousarray(t.numpy().transpose(0, 2, 3, 1))) for t in (x, g))
+    gradient = form(src, weights)
+    for _ in range(2):  # a second call finds what the first one left
+        weights_out, bias_out = onednn.Buffer.empty(gradient.size), onednn.Buffer.empty(o)
+        gradient(last, last_g, weights_out, bias_out)
+        for actual, other in zip((gradient.unpacked(weights_out.array), bias_out.array), expected, strict=True):
+            np.testing.assert_allclose(actual, other.numpy(), rtol=0, atol=1e-5 * np.abs(other.numpy()).max())
+
+
 def test_without_onednn_nothing_but_the_path_changes(config, random, backbone, without_onednn):
     without_onednn()
     flow, x, images = make_flow(config, random), tensor(random, 2, 32, 6, 6), tensor(random, 1, 3, 64, 64)
