@@ -186,4 +186,4 @@ def print_benchmark(times: Any, device: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, PACKAGES)
+    run_main(main, PACKAGES, end_at_once=True)

@@ -819,3 +819,15 @@ def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
     line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "no_test_set")
     assert "resnet18_stable.yaml" in line
     assert not (workplace.folder / "results/no_test_set").exists()
+
+
+@pytest.mark.parametrize(("at_once", "said"), [(False, "line\nclean-up\n"), (True, "line\n")])
+def test_a_script_may_end_without_clean_up_but_not_without_its_output(at_once, said):
+    code = f"""
+import atexit
+from deploy.cli import run_main
+atexit.register(print, "clean-up")
+run_main(lambda: print("line") or 2, end_at_once={at_once})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, said, "")
