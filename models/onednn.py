@@ -363,8 +363,9 @@ def weights_gradient(
     """The faster of the two on this CPU.
 
     Measured at the shapes of the published flows on two cores of a Zen 3, which has AVX2 only: the products take 0.56,
-    0.56 and 0.84 of the time of oneDNN's own kernel for AVX2, and a whole training step 0.85 of what it took. With
-    AVX-512 (two cores of an Intel Xeon) the library's gradient is about as fast as its convolution.
+    0.56 and 0.84 of the time of oneDNN's own kernel for AVX2, with a tenth of its rounding error, and a whole training
+    step 0.85 of what it took. With AVX-512 (two cores of an Intel Xeon) the library's gradient is about as fast as its
+    convolution.
     """
     direct = WeightsGradient(src, weights, kind)
     return WeightsGradientByProducts(src, weights) if direct.implementation == "jit:avx2" else direct
