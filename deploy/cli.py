@@ -92,7 +92,7 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
         main: the script; it imports within itself what may not be installed.
         packages: what to give to pip where a module is not installed.
         end_at_once: after success, leave out what Python and libraries do at the end of a process; with Paddle that
-            takes 0.7 s. For a script that has nothing to clean up.
+            takes 0.6 s. For a script that has nothing to clean up.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
