@@ -131,11 +131,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def load(folder: Path, description: dict[str, Any], backend: str, options: Options) -> Backend:
-    """The model of an exported folder, which has run once, so that the first client does not wait for that."""
+    """The model of an exported folder, which has run one picture and two, so that no client waits for a first time."""
     import numpy as np
 
     model = load_exported(folder, backend, options)
-    model.run(np.zeros((1, 3, *description["input_size"]), np.float32))
+    for pictures in (1, 2):
+        model.run(np.zeros((pictures, 3, *description["input_size"]), np.float32))
     return model
 
 
