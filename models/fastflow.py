@@ -261,8 +261,7 @@ def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     loss = 0.0
     for z, log_det in latents:
-        dimensions = math.prod(z.shape[1:])
-        loss = loss + (0.5 * paddle.square(z).sum(axis=[1, 2, 3]) - log_det).mean() / dimensions
+        loss = loss + 0.5 * paddle.square(z).mean() - log_det.mean() / math.prod(z.shape[1:])
     return loss
 
 

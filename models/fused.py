@@ -6,8 +6,8 @@ With both uses of the step's subnet written as
 
     h = relu(conv1(condition)),   s = tanh(0.1 a),   out = target exp(clamp s) + 0.1 t,   [a, t] = conv2(h)
 
-conv2 is two convolutions here, because their results go different ways: the one for a ends with the tanh, the one for
-t adds itself to the product that `out` already holds. The factor 0.1 is in their weights. Scale, offset and
+conv2 is two convolutions here, because their results go different ways: the one for 2a ends with the tanh, the one for
+t adds itself to the product that `out` already holds. The factors 0.2 and 0.1 are in their weights. Scale, offset and
 permutation are one convolution down the stack of the two halves, whose kernel has one number other than 0 per output.
 
 In mixed precision the subnet's convolutions, forward and backward, take condition, hidden values, weights and the
@@ -38,7 +38,6 @@ from models.onednn import (
     MUL,
     RELU,
     RELU_OF_DST,
-    TANH,
     TANH_OF_DST,
     Buffer,
     Convolution,
@@ -193,7 +192,7 @@ class _Forward:
         w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
         self.narrow = _Narrowing(b * half * h * w, kind)
         self.conv1 = Convolution(condition, w1, post_ops=PostOps().eltwise(RELU), kind=kind, dst_kind=kind)
-        self.conv_a = Convolution(inner, w2, post_ops=PostOps().eltwise(TANH), kind=kind)
+        self.conv_a = Convolution(inner, w2, post_ops=PostOps().tanh_of_half(), kind=kind)
         self.conv_t = Convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
         flat = Layout.dense([b * half * h * w])
         # (s, clamp, out, target): out = exp(clamp s) target
@@ -227,10 +226,9 @@ class _ForwardWeights:
 
     def __init__(self, kernels: _Forward, step: _Step) -> None:
         half = len(step.w2) // 2
-        w2, b2 = 0.1 * step.w2, 0.1 * step.b2
         self.w1, self.b1 = kernels.conv1.packed(step.w1), Buffer(step.b1)
-        self.wa, self.ba = kernels.conv_a.packed(w2[:half]), Buffer(b2[:half])
-        self.wt, self.bt = kernels.conv_t.packed(w2[half:]), Buffer(b2[half:])
+        self.wa, self.ba = kernels.conv_a.packed(0.2 * step.w2[:half]), Buffer(0.2 * step.b2[:half])
+        self.wt, self.bt = kernels.conv_t.packed(0.1 * step.w2[half:]), Buffer(0.1 * step.b2[half:])
         self.mixing = kernels.packed_mixing(step.mixing())
         offset = step.offset[step.permutation]
         self.offset = Buffer(offset[:half]), Buffer(offset[half:])
