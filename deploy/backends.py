@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import re
@@ -23,6 +22,7 @@ OLD_PROGRAM = "inference.pdmodel"  # what Paddle 2.6 writes in place of inferenc
 # ONNX Runtime's own choices are TF32, which rounds to 11 bits (scores differed by 7e-4 on an H200, without by 4e-7),
 # and to try all of cuDNN's algorithms at each new batch size (half a second to three; then no faster).
 CUDA_OPTIONS = {"use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+ANY = -1  # number of pictures, to OpenVINO
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -43,7 +43,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may ask of a runtime; `threads` are those of the CPU."""
+    """What a user may ask of a runtime; `threads` are those of the CPU, `batch_size` is the usual one."""
 
     use_gpu: bool = False
     threads: int = 1
@@ -51,6 +51,7 @@ class Options:
     use_mkldnn: bool = True
     use_tensorrt: bool = False
     max_batch_size: int = 16
+    batch_size: int = 1
 
 
 def model_files(folder: Path, backend: str) -> tuple[str, ...]:
@@ -214,27 +215,23 @@ class OpenvinoModel:
         except RuntimeError as error:
             raise UserError(f"{file}: {self.version} cannot load this model ({error})") from error
         self._size = [dimension.get_length() for dimension in list(self._model.input(0).partial_shape)[1:]]
+        self._usual = {1, options.batch_size}
+        self._requests: dict[int, Any] = {}  # by number of pictures, made when first asked for
 
-    @functools.cached_property
-    def _single(self) -> Any:
-        """For one picture, what a line asks for: 2 to 4% faster with the number of pictures fixed."""
-        model = self._model.clone()
-        model.reshape([1, *self._size])
-        return self._compiled(model)
-
-    @functools.cached_property
-    def _several(self) -> Any:
-        """For any number of pictures."""
-        return self._compiled(self._model)
-
-    def _compiled(self, model: Any) -> Any:
-        return self._core.compile_model(model, "CPU", self._settings).create_infer_request()
+    def _request(self, pictures: int) -> Any:
+        """Runs models of a fixed number of pictures, 2 to 6% faster, where the number is usual, else one for any."""
+        fixed = pictures if pictures in self._usual else ANY
+        if fixed not in self._requests:
+            model = self._model.clone()
+            model.reshape([fixed, *self._size])
+            self._requests[fixed] = self._core.compile_model(model, "CPU", self._settings).create_infer_request()
+        return self._requests[fixed]
 
     def run(self, images: Any) -> list[Any]:
         """See `Backend`."""
         _check_size(images, self._size)  # OpenVINO 2026.4 would read what is not there
         with _running(self.version, images):
-            request = self._single if len(images) == 1 else self._several
+            request = self._request(len(images))
             # infer() of OpenVINO 2026.4 does not tell when memory is short, and leaves the results of the run before.
             request.start_async([images])
             request.wait()
@@ -258,10 +255,17 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu_threads", type=positive_int, help="threads on a CPU (all cores this process may use)")
 
 
-def asked_for(args: argparse.Namespace) -> Options:
+def asked_for(args: argparse.Namespace, batch_size: int) -> Options:
     """What `add_runtime`'s options and `--max_batch_size` ask for. Call it before the runtime is imported."""
-    threads = set_up(args.backend, args.cpu_threads, args.verbose)
-    return Options(args.use_gpu, threads, args.precision, args.use_mkldnn, args.use_tensorrt, args.max_batch_size)
+    return Options(
+        use_gpu=args.use_gpu,
+        threads=set_up(args.backend, args.cpu_threads, args.verbose),
+        precision=args.precision,
+        use_mkldnn=args.use_mkldnn,
+        use_tensorrt=args.use_tensorrt,
+        max_batch_size=args.max_batch_size,
+        batch_size=batch_size,
+    )
 
 
 def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:

@@ -77,7 +77,7 @@ def main() -> int:
     for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
         if target:
             make_folder(Path(target))  # better said now than after all the work
-    options = asked_for(args)
+    options = asked_for(args, args.batch_size)
     model = load_exported(folder, args.backend, options)
 
     import numpy as np

@@ -77,7 +77,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
-    options = asked_for(args)
+    options = asked_for(args, args.max_batch_size)
     import uvicorn
 
     from deploy.batching import Batcher
@@ -131,11 +131,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def load(folder: Path, description: dict[str, Any], backend: str, options: Options) -> Backend:
-    """The model of an exported folder, which has run one picture and two, so that no client waits for a first time."""
+    """The model of an exported folder, which has run few pictures and many: no client waits for a first time."""
     import numpy as np
 
     model = load_exported(folder, backend, options)
-    for pictures in (1, 2):
+    for pictures in {1, min(2, options.batch_size), options.batch_size}:
         model.run(np.zeros((pictures, 3, *description["input_size"]), np.float32))
     return model
 

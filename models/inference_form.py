@@ -6,10 +6,11 @@ A step of `models.fastflow.FlowStep` on x = [x1, x2] is here
     [x1, x2] <- mix1([x1, x2]), mix2([x1, x2])
 
 conv_a and conv_t are the two halves of the subnet's second convolution, with the factors 0.2 and 0.1 in their weights:
-what comes out is not split. tanh(a) is 2 sigmoid(2a) - 1, which OpenVINO and Paddle do faster than a tanh. mix1 and mix2 are scale, offset and permutation as one 1x1 convolution per half, with one number
-other than 0 per output, which is exact. After the last step scale and offset alone are left: the score's mean over the
-channels, another 1x1 convolution, does not ask for their order. Log-determinants are for training only and are left
-out. Smoothing is linear and so is the resize before it: one pair of matrices per scale does both.
+what comes out is not split. tanh(a) is 2 sigmoid(2a) - 1, which OpenVINO and Paddle do faster than a tanh. mix1 and
+mix2 are scale, offset and permutation as one 1x1 convolution per half, with one number other than 0 per output, which
+is exact. After the last step scale and offset alone are left: the score's mean over the channels, another 1x1
+convolution, does not ask for their order. Log-determinants are for training only and are left out. Smoothing is linear
+and so is the resize before it: one pair of matrices per scale does both.
 """
 
 import numpy as np

@@ -239,6 +239,12 @@ def test_goals_are_ratios_of_medians():
     assert check_goals([]) == []
 
 
+def test_a_goal_compares_what_was_measured_in_the_same_turn():
+    drifting = step([0.5, 1.0, 0.6], [6.0, 12.0, 6.0], [3.0], [1.0, 2.0, 0.8])
+    ratios = [goal["value"] for goal in check_goals([drifting])]
+    assert ratios == pytest.approx([0.5, 1 / 12, 0.2])  # of the medians the first would be 0.6
+
+
 def test_a_goal_without_its_contender_is_left_out():
     figure = Figure("step/cached/8", "Steps", "batch 8", "s", {OURS: [0.5], PUBLISHED: [5.0]})
     assert [goal["value"] for goal in check_goals([figure])] == [0.1]

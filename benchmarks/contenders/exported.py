@@ -12,7 +12,9 @@ class Exported:
     """See benchmarks.contenders for the measurements."""
 
     def __init__(self, folder: str, backend: str, precision: str, threads: int) -> None:
-        self._model = load_exported(Path(folder), backend, Options(threads=threads, precision=precision))
+        # 8 is the batch that is measured: as `deploy/infer.py --batch_size 8` does it
+        options = Options(threads=threads, precision=precision, batch_size=8)
+        self._model = load_exported(Path(folder), backend, options)
         self._description = {"runtime": self._model.version, "precision": precision, "threads": threads}
 
     def describe(self) -> dict[str, Any]:
