@@ -250,9 +250,10 @@ class PostOps:
         return self
 
     def tanh_of_half(self) -> "PostOps":
-        """x -> tanh(x / 2) = 2 logistic(x) - 1: a third of the time of the library's tanh, which looks up tables.
+        """x -> tanh(x / 2) = 2 logistic(x) - 1, with an error up to 2e-7.
 
-        The error is up to 2e-7, where that of the library's tanh is 5e-8.
+        The library's tanh (5e-8) looks up tables: within a convolution it takes two to four times as long with AVX2;
+        with AVX-512 they are alike.
         """
         return self.eltwise(LOGISTIC).eltwise(LINEAR, 2, -1)
 
