@@ -43,7 +43,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may ask of a runtime; `threads` are those of the CPU, `batch_size` is the usual one."""
+    """What a user may ask of a runtime; `threads` are those of the CPU, `batch_size` is the one of most runs."""
 
     use_gpu: bool = False
     threads: int = 1
@@ -256,7 +256,10 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_for(args: argparse.Namespace, batch_size: int) -> Options:
-    """What `add_runtime`'s options and `--max_batch_size` ask for. Call it before the runtime is imported."""
+    """What `add_runtime`'s options and `--max_batch_size` ask for, for runs of mostly this many pictures.
+
+    Call it before the runtime is imported.
+    """
     return Options(
         use_gpu=args.use_gpu,
         threads=set_up(args.backend, args.cpu_threads, args.verbose),
