@@ -233,7 +233,7 @@ class OpenvinoModel:
         with _running(self.version, images):
             request = self._request(len(images))
             # infer() of OpenVINO 2026.4 does not tell when memory is short, and leaves the results of the run before.
-            request.start_async([images])
+            request.start_async([images], share_inputs=True)
             request.wait()
             return [request.get_output_tensor(i).data.copy() for i in range(3)]
 
