@@ -77,14 +77,17 @@ def main() -> int:
     for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
         if target:
             make_folder(Path(target))  # better said now than after all the work
-    options = asked_for(args, args.batch_size)
+    runs, rest = divmod(len(paths), args.batch_size)
+    # The rest would want another graph, which a few runs do not make up for.
+    options = asked_for(args, (args.batch_size,) if not rest or runs > 20 else ())
     model = load_exported(folder, args.backend, options)
 
     import numpy as np
 
     blank = np.zeros((args.batch_size, 3, height, width), np.float32)
     for _ in range(args.warmup):
-        model.run(blank)
+        for pictures in {args.batch_size if runs else rest, rest or args.batch_size}:
+            model.run(blank[:pictures])
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
     results: dict[Path, dict[str, Any]] = {}
     try:

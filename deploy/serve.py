@@ -77,7 +77,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
-    options = asked_for(args, args.max_batch_size)
+    options = asked_for(args, (1, args.max_batch_size))
     import uvicorn
 
     from deploy.batching import Batcher
@@ -135,7 +135,7 @@ def load(folder: Path, description: dict[str, Any], backend: str, options: Optio
     import numpy as np
 
     model = load_exported(folder, backend, options)
-    for pictures in {1, min(2, options.batch_size), options.batch_size}:
+    for pictures in {1, min(2, options.max_batch_size), options.max_batch_size}:
         model.run(np.zeros((pictures, 3, *description["input_size"]), np.float32))
     return model
 

@@ -154,7 +154,7 @@ def test_the_program_holds_nothing_of_training(exported):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend):
-    check(model, load_exported(exported / "model", backend, Options(threads=1, batch_size=3)))
+    check(model, load_exported(exported / "model", backend, Options(threads=1, usual_batches=(1, 3))))
 
 
 def test_paddle_without_onednn_agrees_too(model, exported):
@@ -231,7 +231,7 @@ def real_results(full_size, mvtec):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_over_the_real_test_set(full_size, real_results, backend):
-    loaded = load_exported(full_size[1], backend, Options(threads=2, batch_size=8))
+    loaded = load_exported(full_size[1], backend, Options(threads=2, usual_batches=(8,)))
     for images, results in real_results:
         check_all(loaded, images, results, 8)
 

@@ -12,8 +12,8 @@ class Exported:
     """See benchmarks.contenders for the measurements."""
 
     def __init__(self, folder: str, backend: str, precision: str, threads: int) -> None:
-        # 8 is the batch that is measured: as `deploy/infer.py --batch_size 8` does it
-        options = Options(threads=threads, precision=precision, batch_size=8)
+        # the batches that are measured
+        options = Options(threads=threads, precision=precision, usual_batches=(1, 8))
         self._model = load_exported(Path(folder), backend, options)
         self._description = {"runtime": self._model.version, "precision": precision, "threads": threads}
 
