@@ -35,18 +35,6 @@ class Figure:
         """Of a contender's samples; None if it was not measured."""
         return statistics.median(self.samples[name]) if self.samples.get(name) else None
 
-    def ratio(self, samples: Sequence[float], name: str) -> float | None:
-        """Of these samples to the contender's: the median over the turns, which the drift of the machine hits alike.
-
-        If one had fewer turns it is the ratio of the medians; None if the contender was not measured.
-        """
-        others = self.samples.get(name)
-        if not others:
-            return None
-        if len(samples) == len(others):
-            return statistics.median(a / b for a, b in zip(samples, others, strict=True))
-        return statistics.median(samples) / statistics.median(others)
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -102,13 +90,21 @@ def check_goals(figures: Sequence[Figure], goals: Sequence[Goal] = GOALS) -> lis
     by_key = {figure.key: figure for figure in figures}
     checked = []
     for goal in goals:
-        figure, other_figure = by_key.get(goal.key), by_key.get(goal.other_key or goal.key)
-        value = figure.median(OURS) if figure else None
-        if figure and goal.other:
-            value = other_figure.ratio(figure.samples[OURS], goal.other) if other_figure else None
+        value = by_key[goal.key].median(OURS) if goal.key in by_key else None
+        if value is not None and goal.other:
+            figure = by_key.get(goal.other_key or goal.key)
+            others = figure.samples.get(goal.other) if figure else None
+            value = ratio(by_key[goal.key].samples[OURS], others) if others else None
         if value is not None:
             checked.append({"text": goal.text, "value": value, "limit": goal.limit, "met": value <= goal.limit})
     return checked
+
+
+def ratio(samples: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the turns, which the drift of the machine hits alike; of unequal numbers, that of the medians."""
+    if len(samples) == len(others):
+        return statistics.median(a / b for a, b in zip(samples, others, strict=True))
+    return statistics.median(samples) / statistics.median(others)
 
 
 def summary(figure: Figure) -> dict[str, Any]:

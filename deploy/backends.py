@@ -45,7 +45,7 @@ class Backend(Protocol):
 class Options:
     """What a user may ask of a runtime; `threads` are those of the CPU.
 
-    OpenVINO is 2 to 6% faster with a graph of its own, half a second's work, for each of the `usual_batches`.
+    OpenVINO is 1 to 12% faster with a graph of its own, half a second's work, for each of the `usual_batches`.
     """
 
     use_gpu: bool = False

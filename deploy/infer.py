@@ -77,17 +77,17 @@ def main() -> int:
     for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
         if target:
             make_folder(Path(target))  # better said now than after all the work
-    runs, rest = divmod(len(paths), args.batch_size)
-    # The rest would want another graph, which a few runs do not make up for.
-    options = asked_for(args, (args.batch_size,) if not rest or runs > 20 else ())
+    sizes = {len(paths[start : start + args.batch_size]) for start in range(0, len(paths), args.batch_size)}
+    # A smaller last batch would want a graph of its own, which a few runs do not make up for.
+    options = asked_for(args, sizes if len(sizes) == 1 or len(paths) > 20 * args.batch_size else ())
     model = load_exported(folder, args.backend, options)
 
     import numpy as np
 
-    blank = np.zeros((args.batch_size, 3, height, width), np.float32)
+    blank = np.zeros((max(sizes), 3, height, width), np.float32)
     for _ in range(args.warmup):
-        for pictures in {args.batch_size if runs else rest, rest or args.batch_size}:
-            model.run(blank[:pictures])
+        for size in sizes:
+            model.run(blank[:size])
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
     results: dict[Path, dict[str, Any]] = {}
     try:

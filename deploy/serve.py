@@ -135,7 +135,7 @@ def load(folder: Path, description: dict[str, Any], backend: str, options: Optio
     import numpy as np
 
     model = load_exported(folder, backend, options)
-    for pictures in {1, min(2, options.max_batch_size), options.max_batch_size}:
+    for pictures in {1, min(2, options.max_batch_size), options.max_batch_size}:  # 2: for those between
         model.run(np.zeros((pictures, 3, *description["input_size"]), np.float32))
     return model
 
