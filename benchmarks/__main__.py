@@ -36,11 +36,12 @@ from deploy.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
 SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
-RUNTIMES = {  # of exported models: backend and precision of ours
-    "own framework fp32": ("paddle", "fp32"),
-    "ONNX Runtime fp32": ("onnxruntime", "fp32"),
-    "OpenVINO fp32": ("openvino", "fp32"),
-    "OpenVINO bf16": ("openvino", "bf16"),
+RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
+    "own framework fp32": ("paddle", "fp32", "False"),
+    "ONNX Runtime fp32": ("onnxruntime", "fp32", "False"),
+    "OpenVINO fp32": ("openvino", "fp32", "False"),
+    "OpenVINO fp32 --winograd": ("openvino", "fp32", "True"),
+    "OpenVINO bf16": ("openvino", "bf16", "False"),
 }
 
 
@@ -204,7 +205,7 @@ def anomalib_contenders(python: str, threads: int) -> dict[str, Contender]:
 
 
 def inference_contenders(
-    exported: Path, runtimes: dict[str, tuple[str, str]], threads: int, python: str | None
+    exported: Path, runtimes: dict[str, tuple[str, str, str]], threads: int, python: str | None
 ) -> dict[tuple[str, str], Contender]:
     """Our exported model in each runtime, anomalib's in PyTorch and in OpenVINO, by runtime and whose it is.
 
@@ -212,8 +213,8 @@ def inference_contenders(
     """
     environment = {"OMP_NUM_THREADS": str(threads)}
     chosen = {}
-    for runtime_name, (backend, precision) in runtimes.items():
-        arguments = ("exported", str(exported), backend, precision, str(threads))
+    for runtime_name, (backend, precision, winograd) in runtimes.items():
+        arguments = ("exported", str(exported), backend, precision, winograd, str(threads))
         chosen[runtime_name, OURS] = Contender(OURS, f"ours in {runtime_name}", arguments)
         for name, ratio in ((ANOMALIB, "1.06"), (ANOMALIB_NARROW, "1.0")) if python else ():
             theirs = {
@@ -226,7 +227,7 @@ def inference_contenders(
     return chosen
 
 
-def find_runtimes() -> tuple[dict[str, tuple[str, str]], str | None]:
+def find_runtimes() -> tuple[dict[str, tuple[str, str, str]], str | None]:
     """Those of `RUNTIMES` whose precision this CPU has; a line that names the others, if there are any.
 
     Raises:
@@ -242,7 +243,7 @@ def find_runtimes() -> tuple[dict[str, tuple[str, str]], str | None]:
     kinds = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     missing = [
         name
-        for name, (backend, precision) in RUNTIMES.items()
+        for name, (backend, precision, _) in RUNTIMES.items()
         if backend == "openvino" and precision.upper() not in kinds
     ]
     runtimes = {name: choice for name, choice in RUNTIMES.items() if name not in missing}

@@ -32,6 +32,7 @@ EXPORTED = tuple(
     (f"inference/{name}/{batch}", f"{en}, batch {batch}", f"{zh}，批 {batch}")
     for name, en, zh in (
         ("OpenVINO fp32", "OpenVINO", "OpenVINO"),
+        ("OpenVINO fp32 --winograd", "OpenVINO, `--winograd True`", "OpenVINO，`--winograd True`"),
         ("OpenVINO bf16", "OpenVINO, bfloat16", "OpenVINO，bfloat16"),
         ("ONNX Runtime fp32", "ONNX Runtime", "ONNX Runtime"),
         ("own framework fp32", "Paddle Inference; anomalib: PyTorch", "Paddle Inference；anomalib：PyTorch"),

@@ -28,11 +28,11 @@ def make(kind: str, arguments: list[str]) -> Any:
     if kind == "exported":
         from deploy.backends import set_up
 
-        folder, backend, precision, threads = arguments
+        folder, backend, precision, winograd, threads = arguments
         chosen_threads = set_up(backend, int(threads))
         from benchmarks.contenders.exported import Exported
 
-        return Exported(folder, backend, precision, chosen_threads)
+        return Exported(folder, backend, precision, winograd == "True", chosen_threads)
     from benchmarks import torchvision_operators  # noqa: F401
 
     if kind == "anomalib_openvino":

@@ -221,6 +221,12 @@ def test_a_backend_agrees_over_the_whole_test_set_at_the_published_size(full_siz
         check_all(loaded, *full_results, batch_size)
 
 
+@needs_converter("openvino")
+def test_openvino_with_winograd_agrees_too(full_size, full_results):
+    loaded = load_exported(full_size[1], "openvino", Options(threads=2, usual_batches=(8,), winograd=True))
+    check_all(loaded, *full_results, 8)
+
+
 @pytest.fixture(scope="module")
 def real_results(full_size, mvtec):
     """All test pictures of MVTec's bottle, eight at a time, and what the trained model says of them."""
@@ -489,6 +495,8 @@ NO_TENSORRT = (
         ("paddle", Options(use_tensorrt=True, use_gpu=True), NO_TENSORRT),
         ("openvino", Options(use_tensorrt=True), "--use_tensorrt True"),
         ("onnxruntime", Options(precision="fp16"), "--precision fp16"),
+        ("onnxruntime", Options(winograd=True), "--winograd True"),
+        ("openvino", Options(winograd=True, precision="bf16"), "--winograd True"),
     ],
 )
 def test_what_a_runtime_cannot_do_is_refused(exported, backend, options, message):

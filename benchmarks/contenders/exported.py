@@ -11,11 +11,11 @@ from deploy.backends import Options, load_exported
 class Exported:
     """See benchmarks.contenders for the measurements."""
 
-    def __init__(self, folder: str, backend: str, precision: str, threads: int) -> None:
+    def __init__(self, folder: str, backend: str, precision: str, winograd: bool, threads: int) -> None:
         # the batches that are measured
-        options = Options(threads=threads, precision=precision, usual_batches=(1, 8))
+        options = Options(threads=threads, precision=precision, usual_batches=(1, 8), winograd=winograd)
         self._model = load_exported(Path(folder), backend, options)
-        self._description = {"runtime": self._model.version, "precision": precision, "threads": threads}
+        self._description = {"runtime": self._model.version, "precision": precision, "winograd": winograd, "threads": threads}
 
     def describe(self) -> dict[str, Any]:
         """Version of the runtime, precision, threads."""
