@@ -232,7 +232,7 @@ class OpenvinoModel:
             model = self._model.clone()
             model.reshape([fixed, *self._size])
             if self._winograd and fixed != ANY:
-                from deploy.winograd import use_winograd  # of those who have OpenVINO
+                from deploy.openvino_graph import use_winograd  # of those who have OpenVINO
 
                 use_winograd(model)
             self._requests[fixed] = self._core.compile_model(model, "CPU", self._settings).create_infer_request()

@@ -1,24 +1,26 @@
-"""An OpenVINO model with half the multiplications in its 3x3 convolutions: Winograd's F(4, 3) along the rows.
+"""Winograd's F(4, 3) for the rows of a 3x3 convolution of stride 1, which is half the multiplications.
 
-Such a convolution makes four rows y of its result, 4j ... 4j + 3, from six rows d of what it takes, 4j - 1 ... 4j + 4.
-With the three rows g of its kernel that is twelve convolutions of a row by a kernel of one row. In the form
+Four rows y of the result, 4j ... 4j + 3, come from six rows d of what it takes, 4j - 1 ... 4j + 4. With the three rows
+g of the kernel that is twelve convolutions of a row by a kernel of one row. In the form
 
     y = A^T [(G g) * (B^T d)]
 
 of Lavin & Gray (2016, arXiv 1509.09308, section 4.3) it is six. The numbers are the same but for rounding.
-
-Neither pixelwise operations nor 1x1 convolutions ask for the order of rows. So from the first of these convolutions on,
-all tensors are four here, each with every fourth row, and what follows is done to each; they are joined where it ends.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
-from openvino import Model, Node, Output
-from openvino import opset13 as ops
-from openvino.utils.node_factory import NodeFactory
 
 ROWS = 4
+B_T = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
 G = np.array(
     [
         [1 / 4, 0, 0],
@@ -29,143 +31,9 @@ G = np.array(
         [0, 0, 1],
     ]
 )
-# Rows 1 to 4 of B^T, columns 1 to 4; rows 0 and 5 are (4, 0, -5, 0, 1, 0) and (0, 4, 0, -5, 0, 1).
-B = ((-4, -4, 1, 1), (4, -4, -1, 1), (-2, -1, 2, 1), (2, -1, -2, 1))
-# Columns 1 to 4 of A^T; columns 0 and 5 are (1, 0, 0, 0) and (0, 0, 0, 1).
-A = ((1, 1, 1, 1), (1, -1, 2, -2), (1, 1, 4, 4), (1, -1, 8, -8))
-PIXELWISE = {"Add", "BatchNormInference", "Exp", "Identity", "Multiply", "Relu", "Sigmoid", "Subtract", "Tanh"}
-
-Key = tuple[str, int]  # of a tensor: the name of its node, its number there
-Four = tuple[Output, ...]
+A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 
 
-def use_winograd(model: Model) -> None:
-    """Change the model in place. Convolutions of pictures whose height is no multiple of 4 stay as they are."""
-    fours: dict[Key, Four] = {}
-    transformed: dict[Key, list[Node]] = {}
-    changed: dict[str, Node] = {}
-    for node in model.get_ordered_ops():
-        inputs = node.input_values()
-        if _kernel(node) == 3:
-            key = _key(inputs[0])
-            if key not in transformed:
-                transformed[key] = _transformed(_four(inputs[0], fours))
-            made = [[row] for row in _convolved(transformed[key], inputs[1].get_node().data)]
-        elif _ignores_rows(node) and any(tensor.get_node().get_name() in changed for tensor in inputs):
-            split = [_four(tensor, fours) if _height(tensor) > 1 else (tensor,) * ROWS for tensor in inputs]
-            made = [_like(node, arguments) for arguments in zip(*split, strict=True)]
-        else:
-            continue
-        changed[node.get_name()] = node
-        for i, output in enumerate(node.outputs()):
-            fours[_key(output)] = tuple(outputs[i] for outputs in made)
-    for node in changed.values():
-        for output in node.outputs():
-            outside = [place for place in output.get_target_inputs() if place.get_node().get_name() not in changed]
-            joined = _join(fours[_key(output)]) if outside else None
-            for place in outside:
-                place.replace_source_output(joined)
-    model.validate_nodes_and_infer_types()
-
-
-def _key(tensor: Output) -> Key:
-    return tensor.get_node().get_name(), tensor.get_index()
-
-
-def _height(tensor: Output) -> int:
-    """Of pictures (..., H, W); 1 for what is repeated along the rows."""
-    shape = tensor.get_partial_shape()
-    return shape[len(shape) - 2].get_length() if len(shape) > 1 else 1
-
-
-def _kernel(node: Node) -> int | None:
-    """1 or 3 for a convolution of that size which keeps the pictures' size; None for all else."""
-    if node.get_type_name() != "Convolution" or node.input_value(1).get_node().get_type_name() != "Constant":
-        return None
-    size = list(node.input_value(1).get_shape()[2:])
-    attributes = node.get_attributes()
-    for k in (1, 3):
-        same = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [k // 2] * 2, "pads_end": [k // 2] * 2}
-        if size == [k, k] and all(list(attributes[name]) == value for name, value in same.items()):
-            return k if _height(node.input_value(0)) % ROWS == 0 else None
-    return None
-
-
-def _ignores_rows(node: Node) -> bool:
-    kind = node.get_type_name()
-    if kind == "Concat":
-        return node.get_attributes()["axis"] == 1
-    if kind == "VariadicSplit":
-        return node.input_value(1).get_node().data == 1
-    return kind in PIXELWISE or _kernel(node) == 1
-
-
-def _four(tensor: Output, fours: dict[Key, Four]) -> Four:
-    """Every fourth row of pictures (..., H, W), from the first, the second, the third and the fourth on."""
-    key = _key(tensor)
-    if key not in fours:
-        end, step, axis = _integers(_height(tensor)), _integers(ROWS), _integers(-2)
-        fours[key] = tuple(ops.slice(tensor, _integers(i), end, step, axis).output(0) for i in range(ROWS))
-    return fours[key]
-
-
-def _join(four: Four) -> Output:
-    """The pictures (B, C, H, W) of which these are every fourth row."""
-    channels, rows, columns = (dimension.get_length() for dimension in list(four[0].get_partial_shape())[1:])
-    side_by_side = ops.concat([ops.unsqueeze(rows, _integers(3)) for rows in four], 3)
-    return ops.reshape(side_by_side, _integers(-1, channels, ROWS * rows, columns), False).output(0)
-
-
-def _like(node: Node, inputs: Iterable[Output]) -> list[Output]:
-    """The same operation on other inputs."""
-    inputs = list(inputs)
-    if node.get_type_name() == "Identity":
-        return inputs
-    return NodeFactory().create(node.get_type_name(), inputs, node.get_attributes()).outputs()
-
-
-def _transformed(four: Four) -> list[Node]:
-    """B^T d, (B, C, H / 4, W) each: d[1] ... d[4] are the four, d[0] is the row before, d[5] the one after."""
-    first, second, third, last = four
-    return [
-        _sum((1, _with_neighbour(last, (4, 1), 0)), (-5, second)),
-        *(_sum(*zip(row, four, strict=True)) for row in B),
-        _sum((1, _with_neighbour(first, (4, 1), 1)), (-5, third)),
-    ]
-
-
-def _with_neighbour(rows: Output, weights: tuple[int, int], after: int) -> Node:
-    """Each row and the one above it (or below: `after` is 1), weighted in the order from above; zeros outside."""
-    channels = rows.get_partial_shape()[1].get_length()
-    kernel = np.tile(np.array(weights, np.float32)[:, None], (channels, 1, 1, 1, 1))
-    return ops.group_convolution(rows, kernel, [1, 1], [1 - after, 0], [after, 0], [1, 1])
-
-
-def _convolved(transformed: list[Node], weights: np.ndarray) -> Four:
-    """A^T [(G g) * (B^T d)], (B, O, H / 4, W) each."""
-    kernels = np.tensordot(G, weights, (1, 2))[:, :, :, None].astype(np.float32)  # (6, O, I, 1, 3)
-    first, *inner, last = (
-        ops.convolution(rows, ops.constant(kernel), [1, 1], [0, 1], [0, 1], [1, 1])
-        for rows, kernel in zip(transformed, kernels, strict=True)
-    )
-    rows = [_sum(*zip(column, inner, strict=True)) for column in A]
-    # added last, and so within the convolution
-    rows[0], rows[-1] = ops.add(first, rows[0]), ops.add(last, rows[-1])
-    return tuple(row.output(0) for row in rows)
-
-
-def _sum(*terms: tuple[int, Node | Output]) -> Node:
-    """Of factor times tensor; the first factor is not -1."""
-    total = None
-    for factor, tensor in terms:
-        if total is None:
-            total = tensor if factor == 1 else ops.multiply(tensor, np.float32(factor))
-        elif abs(factor) != 1:
-            total = ops.add(total, ops.multiply(tensor, np.float32(factor)))
-        else:
-            total = (ops.add if factor == 1 else ops.subtract)(total, tensor)
-    return total
-
-
-def _integers(*values: int) -> Node:
-    return ops.constant(np.array(values, np.int64))
+def kernels(weights: np.ndarray) -> np.ndarray:
+    """G g: weights (O, I, 3, 3) -> (6, O, I, 1, 3), float32."""
+    return np.tensordot(G, weights, (1, 2))[:, :, :, None].astype(np.float32)

@@ -15,8 +15,9 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from models.convolutions import convolution
 from models.fused import LOCK, usable
-from models.onednn import RELU, Buffer, Convolution, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
+from models.onednn import RELU, Buffer, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
 
 CHUNK = 4  # images that go through the network together, in little memory; the time is flat from 1 to 8
 PROGRAMS = 4  # kept per model, each for one number and size of images
@@ -164,10 +165,10 @@ class _Program:
         gain = bn.weight.numpy() / np.sqrt(bn._variance.numpy() + bn._epsilon)  # (C)
         weights = conv.weight.numpy() * gain[:, None, None, None]
         bias = Buffer(bn.bias.numpy() - gain * bn._mean.numpy())
-        convolution = Convolution(shape, weights.shape, conv._stride[0], post_ops=post_ops)
-        result = add_to or self._buffer(to, convolution.dst)
-        self._calls.append((convolution, [x, convolution.packed(weights), bias, result]))
-        return result, convolution.dst
+        form = convolution(shape, weights.shape, conv._stride[0], post_ops=post_ops)
+        result = add_to or self._buffer(to, form.dst)
+        self._calls.append((form, [x, form.packed(weights), bias, result]))
+        return result, form.dst
 
     def _buffer(self, slot: int, shape: tuple[int, ...]) -> Buffer:
         """Memory of a slot for activations of a shape; the same one each time it is asked for."""

@@ -29,6 +29,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
+from models.convolutions import AnyWeightsGradient, convolution, unavailable, weights_gradient
 from models.onednn import (
     ADD,
     BF16,
@@ -44,14 +45,10 @@ from models.onednn import (
     Layout,
     PostOps,
     Unavailable,
-    WeightsGradient,
-    WeightsGradientByProducts,
     channel_sums,
     eltwise_gradient,
     multiply,
     reorder,
-    unavailable,
-    weights_gradient,
 )
 
 # Numbers of a feature map, (images, C, H, W), that go through the flow together: 4 MB. Measured at batch 8 on two cores
@@ -191,9 +188,9 @@ class _Forward:
         condition, inner = (b, half, h, w), (b, hidden, h, w)
         w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
         self.narrow = _Narrowing(b * half * h * w, kind)
-        self.conv1 = Convolution(condition, w1, post_ops=PostOps().eltwise(RELU), kind=kind, dst_kind=kind)
-        self.conv_a = Convolution(inner, w2, post_ops=PostOps().tanh_of_half(), kind=kind)
-        self.conv_t = Convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
+        self.conv1 = convolution(condition, w1, post_ops=PostOps().eltwise(RELU), kind=kind, dst_kind=kind)
+        self.conv_a = convolution(inner, w2, post_ops=PostOps().tanh_of_half(), kind=kind)
+        self.conv_t = convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
         flat = Layout.dense([b * half * h * w])
         # (s, clamp, out, target): out = exp(clamp s) target
         self.exp_times = multiply(flat, Layout.dense([1]), PostOps().eltwise(EXP).binary(MUL, flat))
@@ -243,9 +240,9 @@ class _Backward:
         w1, w2 = (hidden, half, kernel, kernel), (half, hidden, kernel, kernel)
         self.w1_gradient = weights_gradient(condition, w1, kind)
         self.w2_gradient = weights_gradient(inner, w2, kind)
-        self.conv_a_adjoint = Convolution(condition, w1, kind=kind, dst_kind=kind)
-        self.conv_t_adjoint = Convolution(condition, w1, post_ops=PostOps().sum(), kind=kind, dst_kind=kind)
-        self.conv1_adjoint = Convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
+        self.conv_a_adjoint = convolution(condition, w1, kind=kind, dst_kind=kind)
+        self.conv_t_adjoint = convolution(condition, w1, post_ops=PostOps().sum(), kind=kind, dst_kind=kind)
+        self.conv1_adjoint = convolution(inner, w2, post_ops=PostOps().sum(), kind=kind)
         self.relu_gradient = eltwise_gradient(RELU_OF_DST, b * hidden * h * w, kind)
         self.tanh_gradient = eltwise_gradient(TANH_OF_DST, b * half * h * w)
         # (gradient of target, target, gradient of s, gradient of log-det): the third is clamp (first second + fourth)
@@ -296,7 +293,7 @@ class _Backward:
 
     @staticmethod
     def _add(
-        gradient: WeightsGradient | WeightsGradientByProducts,
+        gradient: AnyWeightsGradient,
         src: Buffer,
         g: Buffer,
         w: Buffer,

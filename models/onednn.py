@@ -10,15 +10,11 @@ more pass over memory. `models.fused` and `models.folded` build the flows and th
 * Ownership: a `Primitive` owns its handles, which are destroyed with it. It never owns data: a `Buffer` belongs to the
   caller and is only used during the call. The library's scratch memory is its own.
 * Threads: oneDNN runs on the OpenMP threads that Paddle uses. A `Primitive` serves one caller at a time.
-
-`unavailable` says why all this cannot be used: no such library, another version, another result than Paddle's, no fast
-kernel for this CPU, another system than Linux on x86-64, or FASTFLOW_ONEDNN=0 in the environment.
 """
 
 import ctypes
 import functools
 import math
-import os
 import platform
 import weakref
 from collections.abc import Sequence
@@ -27,10 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor
-
-from deploy import runtime
 
 # dnnl_types.h of oneDNN 3; the values are part of its ABI
 CPU, IN_ORDER, BF16, F32, ANY = 1, 1, 2, 3, 1
@@ -305,6 +298,7 @@ class Convolution(Primitive):
         )
         src_, _, bias, dst = arguments
         self._weights = Layout.chosen(description, QUERY_WEIGHTS, kind)
+        self.packed_size = self._weights.size
         super().__init__(description, {SRC: src_, WEIGHTS: self._weights, BIAS: bias, DST: dst} | post_ops.arguments)
         o, _, kh, kw = weights
         self._pack = reorder(Layout.dense(weights), self._weights)
@@ -365,82 +359,12 @@ class WeightsGradient(Primitive):
         return _reordered(self._unpack, gradient, self._dense).array.reshape(self._shape)
 
 
-def weights_gradient(
-    src: Sequence[int], weights: Sequence[int], kind: int = F32
-) -> "WeightsGradient | WeightsGradientByProducts":
-    """The faster of the two on this CPU.
-
-    Measured at the shapes of the published flows on two cores of a Zen 3, which has AVX2 only: the products take 0.56,
-    0.56 and 0.84 of the time of oneDNN's own kernel for AVX2, with a tenth of its rounding error, and a whole training
-    step 0.85 of what it took. With AVX-512 (two cores of an Intel Xeon) the library's gradient is about as fast as its
-    convolution.
-    """
-    direct = WeightsGradient(src, weights, kind)
-    return WeightsGradientByProducts(src, weights) if direct.implementation == "jit:avx2" else direct
-
-
-class WeightsGradientByProducts:
-    """Called like a WeightsGradient, in float32: a product of matrices for each place (y, x) of the kernel.
-
-    With src and the gradient of dst in frames of zeros as wide as the kernel reaches, that is
-
-        gradient of weights[:, :, y, x] = gradient of dst (O, pixels) @ src moved by (y, x) (pixels, I)
-
-    over the pixels of all images one after the other, frames included: what src gives there meets a gradient of 0.
-    """
-
-    def __init__(self, src: Sequence[int], weights: Sequence[int]) -> None:
-        b, i, h, w = src
-        o, _, kh, kw = weights
-        py, px = kh // 2, kw // 2
-        self._framed_src, self._framed_gradient = (_Framed((b, c, h, w), py, px) for c in (i, o))
-        row = w + 2 * px
-        first = py * row + px  # the first pixel inside a frame; the last one is as far from the end
-        pixels = b * (h + 2 * py) * row - 2 * first
-        self._moved = [self._framed_src.pixels[y * row + x :] for y in range(kh) for x in range(kw)]
-        self._gradient = self._framed_gradient.pixels[first:]
-        # The library's product is up to a quarter faster with as many columns as fill vectors.
-        self._transposed = o % 8 == 0
-        rows, columns = (i, o) if self._transposed else (o, i)
-        self._product = _product(rows, pixels, columns)
-        self._shape = (kh, kw, rows, columns)
-        self.size = kh * kw * rows * columns
-
-    def __call__(self, src: Buffer, gradient: Buffer, weights: Buffer, bias: Buffer) -> None:
-        self._framed_src.fill(src)
-        self._framed_gradient.fill(gradient)
-        for moved, place in zip(self._moved, weights.array.reshape(len(self._moved), -1), strict=True):
-            pair = (moved, self._gradient) if self._transposed else (self._gradient, moved)
-            self._product(*pair, Buffer(place))
-        bias.array[...] = channel_sums(gradient.array[None])[0]
-
-    def unpacked(self, gradient: np.ndarray) -> np.ndarray:
-        """Weights' gradients as a call writes them -> (O, I, kH, kW)."""
-        order = (3, 2, 0, 1) if self._transposed else (2, 3, 0, 1)
-        return np.ascontiguousarray(gradient.reshape(self._shape).transpose(order))
-
-
-class _Framed:
-    """Memory for (B, C, H, W) channels-last with a frame of zeros around each image; `pixels` is all of it."""
-
-    def __init__(self, shape: Sequence[int], py: int, px: int) -> None:
-        b, c, h, w = shape
-        height, width = h + 2 * py, w + 2 * px
-        self.pixels = Buffer.empty(b * height * width, c)
-        self.pixels.array[...] = 0
-        self._inside = self.pixels[py * width + px :]
-        inside = Layout.strided(shape, (height * width * c, 1, width * c, c))
-        self._reorder = reorder(Layout.channels_last(shape), inside)
-
-    def fill(self, images: Buffer) -> None:
-        self._reorder(images, self._inside)
-
-
-def _product(rows: int, terms: int, columns: int) -> Primitive:
-    """(a, b, dst): dst = a^T b, for a (terms, rows), b (terms, columns)."""
-    a, b, dst = Layout.strided((rows, terms), (1, rows)), Layout.dense((terms, columns)), Layout.dense((rows, columns))
-    description = Handle("dnnl_matmul_primitive_desc", library().engine, a.value, b.value, None, dst.value, None)
-    return Primitive(description, {SRC: a, WEIGHTS: b, DST: dst})
+def matmul(src: Layout, weights: Layout, dst: Layout, post_ops: PostOps | None = None) -> Primitive:
+    """(src, weights, dst): dst = post_ops(src @ weights), matrices in the last two dimensions."""
+    attributes = (post_ops or PostOps()).attributes()
+    layouts = (src.value, weights.value, None, dst.value)
+    description = Handle("dnnl_matmul_primitive_desc", library().engine, *layouts, attributes.value)
+    return Primitive(description, {SRC: src, WEIGHTS: weights, DST: dst})
 
 
 def channel_sums(*arrays: np.ndarray) -> np.ndarray:
@@ -534,72 +458,3 @@ def _reordered(primitive: Primitive, array: np.ndarray, layout: Layout) -> Buffe
 
 def _dims(values: Sequence[int]) -> ctypes.Array:
     return (c_int64 * 12)(*values)
-
-
-@functools.cache
-def unavailable() -> str | None:
-    """Why oneDNN is not used in this process; None where it is."""
-    if os.environ.get("FASTFLOW_ONEDNN", "1") == "0":
-        return "FASTFLOW_ONEDNN=0"
-    try:
-        self_check()
-    except Unavailable as reason:
-        return str(reason)
-    return None
-
-
-@functools.cache
-def bfloat16_unavailable() -> str | None:
-    """Why convolutions in bfloat16 would be no faster in this process; None where they are."""
-    flags = runtime.cpu_flags()
-    return unavailable() or (None if "avx512_bf16" in flags else "this CPU has no avx512_bf16")
-
-
-def describe() -> str:
-    """One line for a log: which convolutions a model on the CPU uses, and why."""
-    reason = unavailable()
-    if reason:
-        return f"CPU path: Paddle's own convolutions (oneDNN is not used: {reason})"
-    return f"CPU path: oneDNN {library().version} of the Paddle wheel, called directly (FASTFLOW_ONEDNN=0 turns it off)"
-
-
-def self_check() -> None:
-    """Compare with Paddle and numpy on a small case, both directions; a few milliseconds.
-
-    Raises:
-        Unavailable: another result, no fast kernel for this CPU, or a library that cannot be used at all.
-    """
-    shape, o = (2, 16, 8, 8), 32
-    random = np.random.default_rng(0)
-    x, weights, bias, g = (random.standard_normal(s, np.float32) for s in (shape, (o, 16, 3, 3), o, (2, o, 8, 8)))
-    with paddle.enable_grad():
-        inputs = [paddle.to_tensor(a, place=paddle.CPUPlace(), stop_gradient=False) for a in (x, weights, bias)]
-        y = F.conv2d(*inputs, padding=1)
-        expected = paddle.grad(y, inputs, paddle.to_tensor(g, place=paddle.CPUPlace()))
-
-    def last(a: np.ndarray) -> Buffer:
-        return Buffer(np.ascontiguousarray(a.transpose(0, 2, 3, 1)))
-
-    def first(buffer: Buffer) -> np.ndarray:
-        return buffer.array.transpose(0, 3, 1, 2)
-
-    src, dst, grad_dst, grad_src = last(x), Buffer.empty(2, 8, 8, o), last(g), Buffer.empty(2, 8, 8, 16)
-    convolution = Convolution(shape, weights.shape, post_ops=PostOps().tanh_of_half())
-    convolution(src, convolution.packed(weights), Buffer(bias), dst)
-    gradient = weights_gradient(shape, weights.shape)
-    grad_weights, grad_bias = Buffer.empty(gradient.size), Buffer.empty(o)
-    gradient(src, grad_dst, grad_weights, grad_bias)
-    adjoint = Convolution(g.shape, (16, o, 3, 3))
-    adjoint(grad_dst, adjoint.packed_adjoint(weights), Buffer(np.zeros(16, np.float32)), grad_src)
-    flat, product = Layout.dense([dst.array.size]), Buffer.empty(2, 8, 8, o)
-    exp_times = multiply(flat, Layout.dense([1]), PostOps().eltwise(EXP).binary(MUL, flat))
-    exp_times(dst, Buffer(np.full(1, 2, np.float32)), product, dst)
-    pairs = [
-        (first(dst), np.tanh(y.numpy() / 2)),
-        (first(grad_src), expected[0].numpy()),
-        (gradient.unpacked(grad_weights.array), expected[1].numpy()),
-        (grad_bias.array, expected[2].numpy()),
-        (product.array, np.exp(2 * dst.array) * dst.array),
-    ]
-    if not all(np.allclose(a, e, rtol=1e-4, atol=1e-4 * np.abs(e).max()) for a, e in pairs):
-        raise Unavailable(f"oneDNN {library().version} computes something else than Paddle")

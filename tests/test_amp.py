@@ -14,7 +14,7 @@ from paddle import nn
 
 import train
 from deploy.cli import UserError
-from models import fused, onednn
+from models import convolutions, fused
 from models.fastflow import FastFlow, Subnet, negative_log_likelihood
 from tests.test_onednn import both, gradients, make_flow, random, refuse, tensor  # noqa: F401  (a fixture)
 from utils import distributed, loss_scale, training
@@ -25,7 +25,7 @@ from utils.training import build_optimizer, mixed_precision, train_epoch, traini
 
 ROOT = Path(__file__).resolve().parent.parent
 
-REASON = onednn.bfloat16_unavailable()
+REASON = convolutions.bfloat16_unavailable()
 needs_bfloat16 = pytest.mark.skipif(REASON is not None, reason=f"no bfloat16: {REASON}")
 
 
@@ -265,9 +265,9 @@ def test_a_gpu_takes_what_it_has(monkeypatch, bfloat16, float16, dtype, said):
     ],
 )
 def test_a_cpu_takes_what_is_faster(monkeypatch, flags, onednn_, dtype, said):
-    monkeypatch.setattr(onednn.runtime, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(onednn, "unavailable", lambda: onednn_)
-    monkeypatch.setattr(onednn, "bfloat16_unavailable", onednn.bfloat16_unavailable.__wrapped__)
+    monkeypatch.setattr(convolutions.runtime, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(convolutions, "unavailable", lambda: onednn_)
+    monkeypatch.setattr(convolutions, "bfloat16_unavailable", convolutions.bfloat16_unavailable.__wrapped__)
     chosen, line = mixed_precision()
     assert chosen == dtype
     assert said in line

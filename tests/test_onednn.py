@@ -9,12 +9,12 @@ import paddle
 import pytest
 from paddle.vision import models as vision
 
-from models import folded, fused, onednn
+from models import convolutions, folded, fused, onednn, winograd
 from models.backbone import BACKBONES, build_backbone
 from models.fastflow import FastFlow, Flow
 from utils.training import build_optimizer, training_step
 
-REASON = onednn.unavailable()
+REASON = convolutions.unavailable()
 needs_onednn = pytest.mark.skipif(REASON is not None, reason=f"oneDNN is not available: {REASON}")
 
 
@@ -244,12 +244,22 @@ def test_networks_it_does_not_know_go_the_plain_way(random):
 
 
 @needs_onednn
-@pytest.mark.parametrize("form", [onednn.WeightsGradient, onednn.WeightsGradientByProducts])
+@pytest.mark.parametrize(
+    "form", [onednn.WeightsGradient, winograd.WeightsGradientByProducts, winograd.WinogradWeightsGradient]
+)
 @pytest.mark.parametrize(
     ("src", "weights"),
-    [((2, 16, 9, 7), (33, 16, 3, 3)), ((3, 33, 6, 8), (16, 33, 3, 3)), ((2, 33, 5, 5), (7, 33, 1, 1))],
+    [
+        ((2, 16, 9, 7), (33, 16, 3, 3)),
+        ((3, 33, 6, 8), (16, 33, 3, 3)),
+        ((2, 33, 5, 5), (7, 33, 1, 1)),
+        ((2, 16, 8, 7), (33, 16, 3, 3)),
+        ((3, 33, 4, 8), (16, 33, 3, 3)),
+    ],
 )
-def test_both_forms_of_the_weights_gradient_are_paddles(random, form, src, weights):
+def test_every_form_of_the_weights_gradient_is_paddles(random, form, src, weights):
+    if form is winograd.WinogradWeightsGradient and not convolutions._by_rows(src, weights):
+        pytest.skip("not for this height or kernel")
     b, _, h, w = src
     o, _, kernel, _ = weights
     x, parameter, bias, g = (tensor(random, *shape) for shape in (src, weights, [o], (b, o, h, w)))
@@ -264,6 +274,48 @@ def test_both_forms_of_the_weights_gradient_are_paddles(random, form, src, weigh
         gradient(last, last_g, weights_out, bias_out)
         for actual, other in zip((gradient.unpacked(weights_out.array), bias_out.array), expected, strict=True):
             np.testing.assert_allclose(actual, other.numpy(), rtol=0, atol=1e-5 * np.abs(other.numpy()).max())
+
+
+@needs_onednn
+@pytest.mark.parametrize("src", [(2, 5, 12, 7), (1, 16, 4, 4), (3, 8, 8, 3)])
+def test_winograds_convolution_is_the_librarys(random, src):
+    b, i, h, w = src
+    o = 6
+    values = {c: random.standard_normal((b, h, w, c)).astype(np.float32) for c in (i, o)}
+    weights, bias = (random.standard_normal(shape).astype(np.float32) for shape in ((o, i, 3, 3), o))
+
+    def results(form):
+        """With and without post-ops, and what brings a gradient back."""
+        post_ops = onednn.PostOps().sum().eltwise(onednn.RELU)
+        plain, added = form(src, weights.shape), form(src, weights.shape, post_ops=post_ops)
+        adjoint = form((b, o, h, w), (i, o, 3, 3))
+        assert plain.dst == (b, o, h, w)
+        taken, dst = onednn.Buffer(values[i].copy()), [onednn.Buffer(values[o].copy()) for _ in range(2)]
+        back = onednn.Buffer.empty(b, h, w, i)
+        for _ in range(2):  # a second call finds what the first one left
+            plain(taken, plain.packed(weights), onednn.Buffer(bias), dst[0])
+        added(taken, added.packed(weights), onednn.Buffer(bias), dst[1])
+        adjoint(onednn.Buffer(values[o]), adjoint.packed_adjoint(weights), onednn.Buffer(np.zeros(i, np.float32)), back)
+        return [buffer.array for buffer in (*dst, back)]
+
+    for actual, expected in zip(results(winograd.WinogradConvolution), results(onednn.Convolution), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@needs_onednn
+def test_without_avx2_only_the_library_convolves(monkeypatch):
+    """And with it other forms are taken where they can be had."""
+    shapes = {"published": ((2, 64, 32, 32), (67, 64, 3, 3)), "odd height": ((2, 64, 30, 32), (67, 64, 3, 3))}
+    shapes["1x1"] = ((2, 64, 32, 32), (67, 64, 1, 1))
+    only_avx2 = "avx2" in onednn.Convolution(*shapes["published"]).implementation
+    forms = {name: type(convolutions.convolution(*shape)) for name, shape in shapes.items()}
+    gradients = {name: type(convolutions.weights_gradient(*shape)) for name, shape in shapes.items()}
+    expected = dict.fromkeys(shapes, onednn.Convolution), dict.fromkeys(shapes, onednn.WeightsGradient)
+    if only_avx2:
+        expected[0]["published"] = winograd.WinogradConvolution
+        expected[1]["published"] = winograd.WinogradWeightsGradient
+        expected[1]["odd height"] = winograd.WeightsGradientByProducts
+    assert (forms, gradients) == expected
 
 
 def test_without_onednn_nothing_but_the_path_changes(config, random, backbone, without_onednn):
@@ -304,12 +356,12 @@ def test_other_platforms(monkeypatch, system, machine):
 def test_the_self_check_notices_another_result(monkeypatch):
     monkeypatch.setattr(onednn, "LOGISTIC", onednn.RELU)
     with pytest.raises(onednn.Unavailable, match="something else"):
-        onednn.self_check()
+        convolutions.self_check()
 
 
 def test_the_switch(monkeypatch):
     monkeypatch.setenv("FASTFLOW_ONEDNN", "0")
-    assert onednn.unavailable.__wrapped__() == "FASTFLOW_ONEDNN=0"
-    monkeypatch.setattr(onednn, "unavailable", lambda: "FASTFLOW_ONEDNN=0")
-    assert "FASTFLOW_ONEDNN=0" in onednn.describe()
-    assert "\n" not in onednn.describe()
+    assert convolutions.unavailable.__wrapped__() == "FASTFLOW_ONEDNN=0"
+    monkeypatch.setattr(convolutions, "unavailable", lambda: "FASTFLOW_ONEDNN=0")
+    assert "FASTFLOW_ONEDNN=0" in convolutions.describe()
+    assert "\n" not in convolutions.describe()

@@ -63,7 +63,7 @@ def start(args: argparse.Namespace, **options: object) -> Config:
     if args.verbose:
         print(f"device: {device}", file=sys.stderr)
         if device == "cpu":
-            from models import onednn
+            from models import convolutions
 
-            print(onednn.describe(), file=sys.stderr)
+            print(convolutions.describe(), file=sys.stderr)
     return config

@@ -8,7 +8,7 @@ import paddle
 from paddle import Tensor
 
 from deploy.cli import UserError
-from models import onednn
+from models import convolutions
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils import distributed
 from utils.averaging import WeightAverage
@@ -33,7 +33,7 @@ def build_optimizer(model: FastFlow, config: Config) -> paddle.optimizer.Adam:
 def mixed_precision() -> tuple[str, str]:
     """The dtype that `FastFlow.train_in` takes for mixed precision on the current device, and a line that says why."""
     if paddle.get_device() == "cpu":
-        reason = onednn.bfloat16_unavailable()
+        reason = convolutions.bfloat16_unavailable()
         return ("float32", f"float32, which is faster here ({reason})") if reason else ("bfloat16", "bfloat16")
     if paddle.amp.is_bfloat16_supported():
         return "bfloat16", "bfloat16"

@@ -15,7 +15,12 @@ class Exported:
         # the batches that are measured
         options = Options(threads=threads, precision=precision, usual_batches=(1, 8), winograd=winograd)
         self._model = load_exported(Path(folder), backend, options)
-        self._description = {"runtime": self._model.version, "precision": precision, "winograd": winograd, "threads": threads}
+        self._description = {
+            "runtime": self._model.version,
+            "precision": precision,
+            "winograd": winograd,
+            "threads": threads,
+        }
 
     def describe(self) -> dict[str, Any]:
         """Version of the runtime, precision, threads."""

@@ -10,7 +10,7 @@ from benchmarks.inputs import random_images, random_maps, spread
 from benchmarks.start import published_config, same_model
 from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
-from models import onednn
+from models import convolutions
 from models.fastflow import negative_log_likelihood
 from utils.averaging import WeightAverage
 from utils.checkpoint import published_state, save_checkpoint
@@ -30,7 +30,7 @@ class Ours:
         """Versions and the runtime set-up."""
         return {
             "paddle": paddle.__version__,
-            "runtime": {**self._runtime, "convolutions": onednn.describe()},
+            "runtime": {**self._runtime, "convolutions": convolutions.describe()},
             "trainable parameters": self._model.trainable_parameters(),
         }
 

@@ -9,7 +9,7 @@ openvino = pytest.importorskip("openvino", reason=f"openvino: {INSTALL}")
 
 from openvino import opset13 as ops  # noqa: E402
 
-from deploy.winograd import use_winograd  # noqa: E402
+from deploy.openvino_graph import use_winograd  # noqa: E402
 
 
 def weights(*shape):
