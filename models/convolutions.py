@@ -32,6 +32,7 @@ from models.winograd import WeightsGradientByProducts, WinogradConvolution, Wino
 AnyConvolution = Convolution | WinogradConvolution
 AnyWeightsGradient = WeightsGradient | WeightsGradientByProducts | WinogradWeightsGradient
 
+
 def convolution(
     src: Sequence[int],  # (B, I, H, W)
     weights: Sequence[int],  # (O, I, kH, kW)
