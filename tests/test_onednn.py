@@ -304,7 +304,7 @@ def test_winograds_convolution_is_the_librarys(random, src):
 
 
 @needs_onednn
-def test_without_avx2_only_the_library_convolves(monkeypatch):
+def test_without_avx2_only_the_library_convolves():
     """And with it other forms are taken where they can be had."""
     shapes = {"published": ((2, 64, 32, 32), (67, 64, 3, 3)), "odd height": ((2, 64, 30, 32), (67, 64, 3, 3))}
     shapes["1x1"] = ((2, 64, 32, 32), (67, 64, 1, 1))
