@@ -46,7 +46,7 @@ class Options:
     """What a user may ask of a runtime; `threads` are those of the CPU.
 
     OpenVINO is 1 to 12% faster with a graph of its own, half a second's work, for each of the `usual_batches`. With
-    `winograd` that graph has half the multiplications in its 3x3 convolutions, and is the work of ten seconds.
+    `winograd` that graph has half the multiplications in its 3x3 convolutions, and is the work of five to ten seconds.
     """
 
     use_gpu: bool = False
@@ -264,7 +264,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         "--winograd",
         type=boolean,
         default=False,
-        help="openvino in fp32: faster where AVX2 is the newest the CPU has, ten seconds later to start (%(default)s)",
+        help="openvino in fp32: faster on a CPU with AVX2 only, ten seconds later to start (%(default)s)",
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="where the runtime has it (%(default)s)"

@@ -297,18 +297,17 @@ class Convolution(Primitive):
             attributes.value,
         )
         src_, _, bias, dst = arguments
-        self._weights = Layout.chosen(description, QUERY_WEIGHTS, kind)
-        self.packed_size = self._weights.size
-        super().__init__(description, {SRC: src_, WEIGHTS: self._weights, BIAS: bias, DST: dst} | post_ops.arguments)
+        self.weights = Layout.chosen(description, QUERY_WEIGHTS, kind)
+        super().__init__(description, {SRC: src_, WEIGHTS: self.weights, BIAS: bias, DST: dst} | post_ops.arguments)
         o, _, kh, kw = weights
-        self._pack = reorder(Layout.dense(weights), self._weights)
+        self._pack = reorder(Layout.dense(weights), self.weights)
         # the same weights where (I, O, kH, kW) lies in memory
         transposed = Layout.strided(weights, (kh * kw, o * kh * kw, kw, 1))
-        self._pack_transposed = reorder(transposed, self._weights)
+        self._pack_transposed = reorder(transposed, self.weights)
 
     def packed(self, weights: np.ndarray) -> Buffer:
         """Weights (O, I, kH, kW) as a call takes them."""
-        return _reordered(self._pack, weights, self._weights)
+        return _reordered(self._pack, weights, self.weights)
 
     def packed_adjoint(self, weights: np.ndarray) -> Buffer:
         """The weights that bring the gradient of dst back to src, of a convolution I -> O with stride 1.
@@ -316,9 +315,12 @@ class Convolution(Primitive):
         That is a convolution too, by the weights turned by 180 degrees and with I and O exchanged. oneDNN's own
         gradient is this one without post-ops; here `sum` adds it to what is there.
         """
-        i, o, kh, kw = weights.shape
-        turned = weights.reshape(i, o, kh * kw)[:, :, ::-1]
-        return _reordered(self._pack_transposed, turned, self._weights)
+        return _reordered(self._pack_transposed, turned(weights), self.weights)
+
+
+def turned(weights: np.ndarray) -> np.ndarray:
+    """Weights (O, I, kH, kW), each kernel by 180 degrees."""
+    return weights.reshape(*weights.shape[:2], -1)[:, :, ::-1]
 
 
 class WeightsGradient(Primitive):

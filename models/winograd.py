@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deploy.winograd import A_T, B_T, ROWS, G
-from models.onednn import Buffer, Convolution, Layout, PostOps, channel_sums, matmul, reorder
+from models.onednn import Buffer, Convolution, Layout, PostOps, Primitive, channel_sums, matmul, reorder, turned
 
 
 class WinogradConvolution:
@@ -31,8 +31,13 @@ class WinogradConvolution:
         self._join = _Combination(A_T, m.rows(b), _rows(b, o, h, w), post_ops)
         self._m = m.first
         self._no_bias = Buffer(np.zeros(o, np.float32))
-        size = self._convolution.packed_size
-        self._kernels = _Combination(G, Layout.dense((1, 1, 3, size)), Layout.dense((1, 1, 6, size)))
+        packed = self._convolution.weights
+        # a row of kernels (O, I, 3, 3), and of the same where (I, O, 3, 3) lies in memory
+        self._pack, self._pack_transposed = (
+            reorder(Layout.strided((o, i, 1, 3), (*strides, 3, 1)), packed) for strides in ((9 * i, 9), (9, 9 * o))
+        )
+        self._kernels = _Combination(G, Layout.dense((1, 1, 3, packed.size)), Layout.dense((1, 1, 6, packed.size)))
+        self._size = packed.size
 
     def __call__(self, src: Buffer, weights: list[Buffer], bias: Buffer, dst: Buffer) -> None:
         self._transform(src)
@@ -43,16 +48,18 @@ class WinogradConvolution:
 
     def packed(self, weights: np.ndarray) -> list[Buffer]:
         """Weights (O, I, 3, 3) as a call takes them."""
-        return self._combined([self._convolution.packed(weights[:, :, y : y + 1]) for y in range(3)])
+        return self._packed(self._pack, weights)
 
     def packed_adjoint(self, weights: np.ndarray) -> list[Buffer]:
         """See `models.onednn.Convolution.packed_adjoint`."""
-        return self._combined([self._convolution.packed_adjoint(weights[:, :, y : y + 1]) for y in (2, 1, 0)])
+        return self._packed(self._pack_transposed, turned(weights))
 
-    def _combined(self, rows: list[Buffer]) -> list[Buffer]:
-        """G g, of the three packed rows of a kernel."""
-        combined = Buffer.empty(6, rows[0].array.size)
-        self._kernels(Buffer(np.stack([row.array for row in rows])), combined)
+    def _packed(self, pack: Primitive, weights: np.ndarray) -> list[Buffer]:
+        numbers = np.ascontiguousarray(weights, np.float32).ravel()
+        rows, combined = Buffer.empty(3, self._size), Buffer.empty(6, self._size)
+        for y in range(3):
+            pack(Buffer(numbers[3 * y :]), rows[y])
+        self._kernels(rows, combined)
         return [combined[place] for place in range(6)]
 
 
