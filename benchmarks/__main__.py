@@ -37,11 +37,11 @@ from deploy.files import make_folder, write_text
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
 SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
 RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
-    "own framework fp32": ("paddle", "fp32", "False"),
-    "ONNX Runtime fp32": ("onnxruntime", "fp32", "False"),
-    "OpenVINO fp32": ("openvino", "fp32", "False"),
-    "OpenVINO fp32 --winograd": ("openvino", "fp32", "True"),
-    "OpenVINO bf16": ("openvino", "bf16", "False"),
+    "own framework fp32": ("paddle", "fp32", False),
+    "ONNX Runtime fp32": ("onnxruntime", "fp32", False),
+    "OpenVINO fp32": ("openvino", "fp32", False),
+    "OpenVINO fp32 --winograd": ("openvino", "fp32", True),
+    "OpenVINO bf16": ("openvino", "bf16", False),
 }
 
 
@@ -205,7 +205,7 @@ def anomalib_contenders(python: str, threads: int) -> dict[str, Contender]:
 
 
 def inference_contenders(
-    exported: Path, runtimes: dict[str, tuple[str, str, str]], threads: int, python: str | None
+    exported: Path, runtimes: dict[str, tuple[str, str, bool]], threads: int, python: str | None
 ) -> dict[tuple[str, str], Contender]:
     """Our exported model in each runtime, anomalib's in PyTorch and in OpenVINO, by runtime and whose it is.
 
@@ -214,7 +214,7 @@ def inference_contenders(
     environment = {"OMP_NUM_THREADS": str(threads)}
     chosen = {}
     for runtime_name, (backend, precision, winograd) in runtimes.items():
-        arguments = ("exported", str(exported), backend, precision, winograd, str(threads))
+        arguments = ("exported", str(exported), backend, precision, str(winograd), str(threads))
         chosen[runtime_name, OURS] = Contender(OURS, f"ours in {runtime_name}", arguments)
         for name, ratio in ((ANOMALIB, "1.06"), (ANOMALIB_NARROW, "1.0")) if python else ():
             theirs = {
@@ -227,7 +227,7 @@ def inference_contenders(
     return chosen
 
 
-def find_runtimes() -> tuple[dict[str, tuple[str, str, str]], str | None]:
+def find_runtimes() -> tuple[dict[str, tuple[str, str, bool]], str | None]:
     """Those of `RUNTIMES` whose precision this CPU has; a line that names the others, if there are any.
 
     Raises:

@@ -79,8 +79,8 @@ def main() -> int:
             make_folder(Path(target))  # better said now than after all the work
     sizes = {len(paths[start : start + args.batch_size]) for start in range(0, len(paths), args.batch_size)}
     # A smaller last batch would want a graph of its own, which a few runs do not make up for; --winograd asks for it.
-    many = len(sizes) == 1 or len(paths) > 20 * args.batch_size or args.winograd
-    options = asked_for(args, sizes if many else ())
+    worthwhile = len(sizes) == 1 or len(paths) > 20 * args.batch_size or args.winograd
+    options = asked_for(args, sizes if worthwhile else ())
     model = load_exported(folder, args.backend, options)
 
     import numpy as np

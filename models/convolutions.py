@@ -6,6 +6,7 @@ another system than Linux on x86-64, or FASTFLOW_ONEDNN=0 in the environment.
 
 import functools
 import os
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,8 @@ from models.winograd import WeightsGradientByProducts, WinogradConvolution, Wino
 
 AnyConvolution = Convolution | WinogradConvolution
 AnyWeightsGradient = WeightsGradient | WeightsGradientByProducts | WinogradWeightsGradient
+
+LOCK = threading.RLock()  # of who calls any of them: they share memory
 
 
 def convolution(
@@ -77,7 +80,8 @@ def unavailable() -> str | None:
     if os.environ.get("FASTFLOW_ONEDNN", "1") == "0":
         return "FASTFLOW_ONEDNN=0"
     try:
-        self_check()
+        with LOCK:
+            self_check()
     except Unavailable as reason:
         return str(reason)
     return None

@@ -15,8 +15,8 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from models.convolutions import convolution
-from models.fused import LOCK, usable
+from models.convolutions import LOCK, convolution
+from models.fused import usable
 from models.onednn import RELU, Buffer, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
 
 CHUNK = 4  # images that go through the network together, in little memory; the time is flat from 1 to 8

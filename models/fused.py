@@ -20,7 +20,6 @@ What belongs to the shapes least recently used is dropped. One lock guards all o
 """
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from models.convolutions import AnyWeightsGradient, convolution, unavailable, weights_gradient
+from models.convolutions import LOCK, AnyWeightsGradient, convolution, unavailable, weights_gradient
 from models.onednn import (
     ADD,
     BF16,
@@ -54,7 +53,6 @@ from models.onednn import (
 # Numbers of a feature map, (images, C, H, W), that go through the flow together: 4 MB. Measured at batch 8 on two cores
 # with 1 MB of second level cache each: down to a quarter as fast, at twice as much 8% slower.
 CHUNK = 2**20
-LOCK = threading.RLock()
 
 
 def usable(*tensors: Tensor) -> bool:

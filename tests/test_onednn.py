@@ -2,6 +2,8 @@
 
 import ctypes.util
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -277,7 +279,7 @@ def test_every_form_of_the_weights_gradient_is_paddles(random, form, src, weight
             np.testing.assert_allclose(actual, other.numpy(), rtol=0, atol=1e-5 * np.abs(other.numpy()).max())
 
 
-@pytest.mark.skipif(not ONLY_AVX2, reason="this CPU has better than AVX2")
+@pytest.mark.skipif(not ONLY_AVX2, reason="Winograd's form is not in use on this CPU")
 @pytest.mark.parametrize("src", [(2, 5, 12, 7), (1, 16, 4, 4), (3, 8, 8, 3)])
 def test_winograds_convolution_is_the_librarys(random, src):
     b, i, h, w = src
@@ -357,6 +359,28 @@ def test_the_self_check_notices_another_result(monkeypatch):
     monkeypatch.setattr(onednn, "LOGISTIC", onednn.RELU)
     with pytest.raises(onednn.Unavailable, match="something else"):
         convolutions.self_check()
+
+
+FROM_THREADS = """
+import threading
+from deploy import runtime
+runtime.setup()
+from models import convolutions
+found = []
+check = convolutions.unavailable.__wrapped__
+threads = [threading.Thread(target=lambda: found.extend(check() for _ in range(15))) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(set(found), len(found))
+"""
+
+
+@needs_onednn
+def test_threads_that_ask_at_once():
+    """What they compare has memory in common; without a lock the process crashed."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", FROM_THREADS], cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "{None} 45\n", done.stderr
 
 
 def test_the_switch(monkeypatch):
