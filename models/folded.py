@@ -2,12 +2,13 @@
 
     BatchNorm(conv(x)) = g (w * x) + bias - g mean,   g = weight / sqrt(variance + epsilon)
 
-is the convolution with g w and another bias. ReLU and the residual are post-ops: a block's last convolution adds
-itself to the residual, in the residual's own memory. Activations are channels-last, in buffers that belong to a
-`_Program` and are used by one block after the other; only the features returned are written channels-first, into
-tensors of their own.
+is the convolution with g w and another bias; `without_batch_norms` makes a network of these, for export. ReLU and the
+residual are post-ops: a block's last convolution adds itself to the residual, in the residual's own memory.
+Activations are channels-last, in buffers that belong to a `_Program` and are used by one block after the other; only
+the features returned are written channels-first, into tensors of their own.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,7 @@ from models.fused import usable
 from models.onednn import RELU, Buffer, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
 
 CHUNK = 4  # images that go through the network together, in little memory; the time is flat from 1 to 8
+PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last in a downsample
 PROGRAMS = 4  # kept per model, each for one number and size of images
 
 
@@ -45,6 +47,31 @@ def features(model: nn.Layer, images: Tensor, plain: Callable[[Tensor], list[Ten
             return _programs.setdefault(model, _Programs())(model, images.contiguous())
         except Unavailable:  # no fast kernel for this network or size on this CPU
             return plain(images)
+
+
+def without_batch_norms(model: nn.Layer) -> nn.Layer:
+    """A copy of a frozen ResNet, as `features` takes it, with its BatchNorms folded into its convolutions."""
+    model = copy.deepcopy(model)
+    for layer in model.sublayers(include_self=True):
+        for conv_name, bn_name in _pairs(layer):
+            conv = getattr(layer, conv_name)
+            weights, bias = _fold(conv, getattr(layer, bn_name))
+            conv.weight.set_value(weights)
+            conv.bias = conv.create_parameter(bias.shape, is_bias=True)
+            conv.bias.set_value(bias)
+            setattr(layer, bn_name, nn.Identity())
+    return model
+
+
+def _pairs(layer: nn.Layer) -> list[tuple[str, str]]:
+    """Names of the convolutions and the BatchNorms after them that a ResNet, a block or a downsample has itself."""
+    return [names for names in PAIRS if isinstance(getattr(layer, names[1], None), nn.BatchNorm2D)]
+
+
+def _fold(conv: nn.Conv2D, bn: nn.BatchNorm2D) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and bias of the convolution that does what both do; see the formula above."""
+    gain = bn.weight.numpy() / np.sqrt(bn._variance.numpy() + bn._epsilon)  # (C)
+    return conv.weight.numpy() * gain[:, None, None, None], bn.bias.numpy() - gain * bn._mean.numpy()
 
 
 def _has_hooks(model: nn.Layer) -> bool:
@@ -136,9 +163,7 @@ class _Program:
         if block.downsample is not None:
             slot = free.pop()
             residual, _ = self._convolve(*block.downsample, x, shape, to=slot, relu=False)
-        *first, last = [
-            (getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")
-        ]
+        *first, last = [(getattr(block, conv), getattr(block, bn)) for conv, bn in _pairs(block)]
         for conv, bn in first:
             x, shape = self._convolve(conv, bn, x, shape, to=free.pop())
         _, shape = self._convolve(*last, x, shape, add_to=residual)
@@ -162,12 +187,10 @@ class _Program:
             post_ops.sum()
         if relu:
             post_ops.eltwise(RELU)
-        gain = bn.weight.numpy() / np.sqrt(bn._variance.numpy() + bn._epsilon)  # (C)
-        weights = conv.weight.numpy() * gain[:, None, None, None]
-        bias = Buffer(bn.bias.numpy() - gain * bn._mean.numpy())
+        weights, bias = _fold(conv, bn)
         form = convolution(shape, weights.shape, conv._stride[0], post_ops=post_ops)
         result = add_to or self._buffer(to, form.dst)
-        self._calls.append((form, [x, form.packed(weights), bias, result]))
+        self._calls.append((form, [x, form.packed(weights), Buffer(bias), result]))
         return result, form.dst
 
     def _buffer(self, slot: int, shape: tuple[int, ...]) -> Buffer:

@@ -10,7 +10,8 @@ what comes out is not split. tanh(a) is 2 sigmoid(2a) - 1, which OpenVINO and Pa
 mix2 are scale, offset and permutation as one 1x1 convolution per half, with one number other than 0 per output, which
 is exact. After the last step scale and offset alone are left: the score's mean over the channels, another 1x1
 convolution, does not ask for their order. Log-determinants are for training only and are left out. Smoothing is linear
-and so is the resize before it: one pair of matrices per scale does both.
+and so is the resize before it: one pair of matrices per scale does both. The backbone's BatchNorms are folded into its
+convolutions.
 """
 
 import numpy as np
@@ -18,15 +19,20 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
+from models.backbone import ResNetFeatures
 from models.fastflow import FastFlow, Flow, FlowStep
+from models.folded import without_batch_norms
 
 
 class InferenceForm(nn.Layer):
-    """What a trained FastFlow computes from pictures; it shares the backbone, norms and fixed maps with that."""
+    """What a trained FastFlow computes from pictures; it shares the norms and fixed maps with that."""
 
     def __init__(self, model: FastFlow) -> None:
         super().__init__()
         self.feature_extractor, self.norms = model.feature_extractor, model.norms
+        if isinstance(self.feature_extractor, ResNetFeatures):
+            # Paddle's own folding takes as long at each start as all else in loading a model.
+            self.feature_extractor = without_batch_norms(self.feature_extractor)
         self.resize = model.resize
         self.resize_and_smooth = nn.LayerList([model.smooth.after(resize) for resize in model.resize])
         self.flows = nn.LayerList([_Flow(flow) for flow in model.nf_flows])

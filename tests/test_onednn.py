@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from paddle import nn
 from paddle.vision import models as vision
 
 from models import convolutions, folded, fused, onednn, winograd
@@ -216,6 +217,16 @@ def test_every_backbone_agrees(random, name):
     model = with_statistics(build_backbone(name), random)
     images = tensor(random, 2, 3, 40, 64)
     assert_features_agree(folded.features(model, images, refuse), model._plain(images))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_without_batch_norms_agrees(random, name):
+    model = with_statistics(build_backbone(name), random)
+    images = tensor(random, 2, 3, 40, 64)
+    alone = folded.without_batch_norms(model)
+    assert any(isinstance(layer, nn.BatchNorm2D) for layer in model.sublayers())
+    assert not any(isinstance(layer, nn.BatchNorm2D) for layer in alone.sublayers())
+    assert_features_agree(alone._plain(images), model._plain(images))
 
 
 @needs_onednn
