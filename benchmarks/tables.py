@@ -75,7 +75,7 @@ def with_tables(text: str, language: str) -> str:
     """
     makers = {
         "speed": (speed, "results.json"),
-        "steps": (steps, "avx2/results.json"),
+        "speed_avx2": (speed, "avx2/results.json"),
         "exported": (exported, "avx2/results.json"),
         "accuracy": (accuracy, "accuracy.json"),
         "crops": (accuracy, "accuracy_crops/accuracy.json"),
@@ -97,7 +97,7 @@ def speed(results: dict[str, Any], language: str) -> list[str]:
     """Medians, a row a figure, a column a contender; then what was measured where, and two single figures.
 
     Args:
-        results: the content of results.json.
+        results: the content of a results.json.
     """
     figures = results["figures"]
     memory = number(figures["memory/train.py"]["results"]["ours"]["median"], "bytes")
@@ -109,15 +109,6 @@ def speed(results: dict[str, Any], language: str) -> list[str]:
         f"{infer / plain:.2f} 倍。",
     }
     return [*_medians(results, SPEED, language), note[language]]
-
-
-def steps(results: dict[str, Any], language: str) -> list[str]:
-    """The rows of `speed` that `--quick` measures in the same way: all but those of whole epochs.
-
-    Args:
-        results: the content of a results.json.
-    """
-    return _medians(results, [row for row in SPEED if "epoch" not in row[0]], language)
 
 
 def exported(results: dict[str, Any], language: str) -> list[str]:

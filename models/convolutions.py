@@ -48,7 +48,8 @@ def convolution(
 
     Measured on two cores of a Zen 3, which has AVX2 only, at the shapes of the published flows: by itself Winograd's
     form takes 0.7 to 0.9 of the time of the library's convolution with 64 channels and more, and as much with 32; a
-    whole training step takes 0.94 of the time if those with 32 have it too.
+    whole training step takes 0.94 of the time if those with 32 have it too. With AVX-512 (two cores of an Intel Xeon)
+    a step takes five times as long with it.
     """
     direct = Convolution(src, weights, stride, post_ops=post_ops, kind=kind, dst_kind=dst_kind)
     if "avx2" in direct.implementation and kind == F32 and stride == 1 and _by_rows(src, weights):
@@ -60,8 +61,8 @@ def weights_gradient(src: Sequence[int], weights: Sequence[int], kind: int = F32
     """The fastest form of the gradient of a convolution's weights; at stride 1.
 
     Measured as above: products take 0.56 to 0.84 of the time of the library's own kernel for AVX2, with a tenth of its
-    rounding error, and Winograd's form 0.5 to 0.95 of that. With AVX-512 (two cores of an Intel Xeon) the library's
-    gradient is about as fast as its convolution.
+    rounding error, and Winograd's form 0.5 to 0.95 of that. On that Xeon the library's gradient is about as fast as its
+    convolution.
     """
     direct = WeightsGradient(src, weights, kind)
     if direct.implementation != "jit:avx2":

@@ -5,14 +5,15 @@ import json
 import pytest
 
 from benchmarks.inputs import ROOT
-from benchmarks.tables import BLOCK, READMES, accuracy, exported, fall, speed, steps, with_tables
+from benchmarks.tables import BLOCK, READMES, accuracy, exported, fall, speed, with_tables
 from deploy.cli import UserError
 
 
 @pytest.mark.parametrize(("name", "language"), READMES.items())
 def test_the_tables_are_those_of_the_results(name, language):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert {match[1] for match in BLOCK.finditer(text)} == {"speed", "steps", "exported", "accuracy", "crops", "fall"}
+    names = {match[1] for match in BLOCK.finditer(text)}
+    assert names == {"speed", "speed_avx2", "exported", "accuracy", "crops", "fall"}
     assert with_tables(text, language) == text
 
 
@@ -101,12 +102,3 @@ def test_the_table_of_speed_has_what_was_measured_and_dashes():
 def test_the_table_of_exported_models_leaves_out_what_the_cpu_lacks():
     lines = exported(results_of(["inference/OpenVINO fp32/1", "inference/OpenVINO fp32/8"]), "zh")
     assert lines[:5] == ["|  | 本仓库 |", "| :-- | --: |", "| OpenVINO，批 1 | 2 s |", "| OpenVINO，批 8 | 2 s |", ""]
-
-
-def test_the_table_of_steps_has_no_epochs():
-    lines = steps(results_of(["step/cached/8", "epoch", "later epoch", "latency"]), "en")
-    assert [line.split(" | ")[0] for line in lines[2:4]] == [
-        "| training step, batch 8, features cached",
-        "| latency of one picture",
-    ]
-    assert lines[4] == ""
