@@ -54,8 +54,10 @@ def without_batch_norms(model: nn.Layer) -> nn.Layer:
     model = copy.deepcopy(model)
     for layer in model.sublayers(include_self=True):
         for conv_name, bn_name in _pairs(layer):
-            conv = getattr(layer, conv_name)
-            weights, bias = _fold(conv, getattr(layer, bn_name))
+            conv, bn = getattr(layer, conv_name), getattr(layer, bn_name)
+            if not isinstance(bn, nn.BatchNorm2D):  # a norm of another kind stays
+                continue
+            weights, bias = _fold(conv, bn)
             conv.weight.set_value(weights)
             conv.bias = conv.create_parameter(bias.shape, is_bias=True)
             conv.bias.set_value(bias)
@@ -64,14 +66,15 @@ def without_batch_norms(model: nn.Layer) -> nn.Layer:
 
 
 def _pairs(layer: nn.Layer) -> list[tuple[str, str]]:
-    """Names of the convolutions and the BatchNorms after them that a ResNet, a block or a downsample has itself."""
-    return [names for names in PAIRS if isinstance(getattr(layer, names[1], None), nn.BatchNorm2D)]
+    """Names of the convolutions and the norms after them that a ResNet, a block or a downsample has itself."""
+    return [names for names in PAIRS if isinstance(getattr(layer, names[0], None), nn.Conv2D)]
 
 
 def _fold(conv: nn.Conv2D, bn: nn.BatchNorm2D) -> tuple[np.ndarray, np.ndarray]:
     """Weights and bias of the convolution that does what both do; see the formula above."""
     gain = bn.weight.numpy() / np.sqrt(bn._variance.numpy() + bn._epsilon)  # (C)
-    return conv.weight.numpy() * gain[:, None, None, None], bn.bias.numpy() - gain * bn._mean.numpy()
+    shift = bn._mean.numpy() if conv.bias is None else bn._mean.numpy() - conv.bias.numpy()
+    return conv.weight.numpy() * gain[:, None, None, None], bn.bias.numpy() - gain * shift
 
 
 def _has_hooks(model: nn.Layer) -> bool:

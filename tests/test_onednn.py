@@ -229,6 +229,17 @@ def test_every_backbone_without_batch_norms_agrees(random, name):
     assert_features_agree(alone._plain(images), model._plain(images))
 
 
+def test_folding_keeps_biases_and_other_norms(backbone, random):
+    backbone.conv1.bias = backbone.conv1.create_parameter([64], is_bias=True)
+    backbone.conv1.bias.set_value(random.standard_normal(64).astype(np.float32))
+    block = backbone.layer1[0]
+    block.bn2 = nn.GroupNorm(4, 64)
+    images = tensor(random, 2, 3, 40, 64)
+    alone = folded.without_batch_norms(backbone)
+    assert isinstance(alone.layer1[0].bn2, nn.GroupNorm)
+    assert_features_agree(alone._plain(images), backbone._plain(images))
+
+
 @needs_onednn
 def test_gradients_of_images_go_the_plain_way(backbone, random):
     images = tensor(random, 1, 3, 64, 64)
