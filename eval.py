@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import list_categories, load_category, load_ground_truth
-from deploy.cli import UserError, report_error, run_main, share
+from deploy.common.cli import UserError, report_error, run_main, share
 from utils.config import Config
 from utils.options import add_cache, add_category, add_data, common_parser, start
 from utils.report import draw_evaluation, print_table, save_maps, write_results

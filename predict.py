@@ -4,8 +4,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.cli import UserError, add_pictures, report_error, run_main
-from deploy.imaging import (
+from deploy.common.cli import UserError, add_pictures, report_error, run_main
+from deploy.common.imaging import (
     decision_line,
     draw_result,
     drawing_paths,

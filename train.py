@@ -12,8 +12,8 @@ import yaml
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deploy.cli import UserError, positive_int, run_main
-from deploy.files import hold_folder, make_folder, write_text, write_whole
+from deploy.common.cli import UserError, positive_int, run_main
+from deploy.common.files import hold_folder, make_folder, write_text, write_whole
 from utils.config import Config
 from utils.history import EpochRow, best_row, draw_curves, epoch_line, selection_value, waited_for, write_csv
 from utils.log import make_logger
@@ -53,7 +53,6 @@ def main() -> None:
 
     from datasets.mvtec import hold_out, load_category, load_ground_truth
     from models.fastflow import FastFlow
-    from models.pretrained import load_backbone
     from utils import distributed
     from utils.averaging import WeightAverage
     from utils.checkpoint import load_for_resume, published_state, save_checkpoint
@@ -61,6 +60,7 @@ def main() -> None:
     from utils.features import CacheBudget, FeatureCache
     from utils.loss_scale import LossScale
     from utils.training import build_optimizer, mixed_precision, train_epoch
+    from utils.weights import load_backbone
 
     distributed.start()
     # ---- data, model, features: what is wrong with them shows here, before anything is written

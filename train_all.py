@@ -20,9 +20,9 @@ from typing import TextIO
 from tqdm import tqdm
 
 from datasets.mvtec import MVTEC_CATEGORIES, list_categories
-from deploy import runtime
-from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import make_folder
+from deploy.common import runtime
+from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
+from deploy.common.files import make_folder
 from utils.config import Config, load_config
 from utils.history import EpochRow, best_row, finished
 from utils.options import add_data

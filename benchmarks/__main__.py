@@ -30,9 +30,9 @@ from benchmarks.report import (
     number,
     summary,
 )
-from deploy import runtime
-from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import make_folder, write_text
+from deploy.common import runtime
+from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
+from deploy.common.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
 SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")

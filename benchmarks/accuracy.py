@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.__main__ import describe_machine
 from benchmarks.inputs import ROOT
-from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import make_folder, write_text
+from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
+from deploy.common.files import make_folder, write_text
 from utils.plots import blank_figure, write_figure
 
 CONFIGS = ("resnet18", "resnet18_stable")

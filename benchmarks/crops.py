@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 
 from datasets.mvtec import load_category
-from deploy.cli import ArgumentParser, UserError, positive_int, run_main
-from deploy.files import make_folder
-from deploy.imaging import read_mask, read_rgb, resize, write_picture
+from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
+from deploy.common.files import make_folder
+from deploy.common.imaging import read_mask, read_rgb, resize, write_picture
 
 SIDE = 128  # of a crop, in pixels
 FROM = 256  # side of the pictures that crops are cut out of

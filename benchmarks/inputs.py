@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from datasets.mvtec import GroundTruth
-from deploy.files import make_folder
+from deploy.common.files import make_folder
 
 TRAIN, TEST = 209, 83  # pictures of MVTec's bottle
 GOOD = 20  # good ones among the test pictures

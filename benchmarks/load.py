@@ -13,8 +13,8 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 
-from deploy.cli import ArgumentParser, UserError, non_negative_int, positive_int, run_main
-from deploy.imaging import list_images
+from deploy.common.cli import ArgumentParser, UserError, non_negative_int, positive_int, run_main
+from deploy.common.imaging import list_images
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from benchmarks.inputs import ROOT, TEST, TRAIN
 from benchmarks.processes import Contender, Worker, run_command
 from benchmarks.report import ANOMALIB, ANOMALIB_NARROW, OURS, PUBLISHED, TUNED, Figure
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 SIZE = 256
 Name = TypeVar("Name", bound=Hashable)  # of a contender

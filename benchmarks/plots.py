@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 from benchmarks.report import CONTENDERS, Figure, quartiles
-from deploy.files import write_whole
+from deploy.common.files import write_whole
 
 # file name: key prefix of the figures, or whole key; label of the x axis
 CURVES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.inputs import ROOT
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 # What decides threads and code paths; contenders get these from the benchmark only.
 CLEARED = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")

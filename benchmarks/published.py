@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
 from datasets.mvtec import GroundTruth, read_batches
-from deploy.imaging import normalise
+from deploy.common.imaging import normalise
 from utils.config import Config
 
 SIGMA = 6.0  # pixels, of the map's smoothing

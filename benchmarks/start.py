@@ -7,8 +7,8 @@ import paddle
 
 from benchmarks.inputs import ROOT
 from models.fastflow import FastFlow
-from models.pretrained import VARIABLE, load_backbone
 from utils.config import Config, load_config
+from utils.weights import VARIABLE, load_backbone
 
 
 def published_config(size: int = 256, **changes: Any) -> Config:

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.inputs import ROOT
 from benchmarks.report import CONTENDERS, number
-from deploy.cli import UserError, run_main
-from deploy.files import write_text
+from deploy.common.cli import UserError, run_main
+from deploy.common.files import write_text
 
 READMES = {"README.md": "zh", "README_en.md": "en"}
 BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)

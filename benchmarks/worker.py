@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Any
 
-from deploy import runtime
+from deploy.common import runtime
 
 
 def make(kind: str, arguments: list[str]) -> Any:

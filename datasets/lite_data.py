@@ -15,8 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from deploy.cli import ArgumentParser, run_main
-from deploy.files import write_whole
+from deploy.common.cli import ArgumentParser, run_main
+from deploy.common.files import write_whole
 
 SIZE = 256  # side of a picture
 SUPERSAMPLE = 2

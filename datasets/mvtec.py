@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.cli import UserError, warn
-from deploy.imaging import is_image, list_images, read_mask, read_rgb, resize
+from deploy.common.cli import UserError, warn
+from deploy.common.imaging import is_image, list_images, read_mask, read_rgb, resize
 
 # The order in which the published tables list the categories.
 MVTEC_CATEGORIES = [

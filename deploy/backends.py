@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from deploy import runtime
-from deploy.cli import UserError, boolean, positive_int, warn
+from deploy.common import runtime
+from deploy.common.cli import UserError, boolean, positive_int, warn
 
 FILES = {
     "paddle": ("inference.json", "inference.pdiparams"),
@@ -289,7 +289,7 @@ def asked_for(args: argparse.Namespace, usual_batches: Collection[int]) -> Optio
 def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
 
-    Paddle is set up as `deploy.runtime` does it; the other runtimes work without Paddle.
+    Paddle is set up as `deploy.common.runtime` does it; the other runtimes work without Paddle.
 
     Raises:
         UserError: Paddle is asked for and not installed, or OMP_NUM_THREADS is no number.

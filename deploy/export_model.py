@@ -24,9 +24,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository's root
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
-from deploy.cli import DISK_FULL, UserError, run_main
-from deploy.files import flush, hold_folder, make_folder
-from deploy.imaging import MEAN, STD
+from deploy.common.cli import DISK_FULL, UserError, run_main
+from deploy.common.files import flush, hold_folder, make_folder
+from deploy.common.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
 from utils.results import category_folder
 from utils.thresholds import PUBLISHED, load_thresholds
@@ -34,7 +34,7 @@ from utils.thresholds import PUBLISHED, load_thresholds
 if TYPE_CHECKING:
     from paddle import Tensor
 
-    from models.inference_form import InferenceForm
+    from models.export_form import InferenceForm
 
 OPSET = 13  # of ONNX: the first with all that the program needs in the form that newer ones have too
 ADVICE = "make room on its disk and export again"
@@ -57,7 +57,7 @@ def main() -> None:
 
     import paddle
 
-    from models.inference_form import InferenceForm
+    from models.export_form import InferenceForm
     from models.linear_maps import SMOOTHING_SIGMA
     from utils.checkpoint import load_model
 
@@ -71,7 +71,7 @@ def main() -> None:
     description = {
         "category": args.category,
         "input_size": list(config.size),  # height, width
-        "resize": "bilinear",  # of deploy.imaging.resize, whatever the shape of the picture
+        "resize": "bilinear",  # of deploy.common.imaging.resize, whatever the shape of the picture
         "mean": list(MEAN),
         "std": list(STD),
         "smoothing_sigma": SMOOTHING_SIGMA,

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
 from deploy.backends import add_runtime, asked_for, load_exported, model_files
-from deploy.cli import (
+from deploy.common.cli import (
     ArgumentParser,
     UserError,
     add_pictures,
@@ -29,7 +29,7 @@ from deploy.cli import (
     run_main,
     warn,
 )
-from deploy.files import make_folder, write_text
+from deploy.common.files import make_folder, write_text
 
 PACKAGES = "numpy opencv-python-headless pillow pyyaml"  # beside the runtime
 LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
@@ -56,7 +56,7 @@ def main() -> int:
     if args.batch_size > args.max_batch_size:
         warn(f"--batch_size {args.batch_size} is larger than --max_batch_size; {args.max_batch_size} is used")
         args.batch_size = args.max_batch_size
-    from deploy.imaging import (
+    from deploy.common.imaging import (
         decision_line,
         draw_result,
         drawing_paths,
@@ -141,7 +141,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     Raises:
         UserError: no exported model there, or its files do not belong together.
     """
-    from deploy.plain_yaml import read_yaml
+    from deploy.common.plain_yaml import read_yaml
 
     files = model_files(folder, backend)
     for name in ("inference.yml", *files):

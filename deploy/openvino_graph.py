@@ -1,4 +1,4 @@
-"""An OpenVINO model with half the multiplications in its 3x3 convolutions: see `deploy.winograd`.
+"""An OpenVINO model with half the multiplications in its 3x3 convolutions: see `deploy.common.winograd`.
 
 Neither pixelwise operations nor 1x1 convolutions ask for the order of rows. So from the first 3x3 convolution on, all
 tensors are four here, each with every fourth row, and what follows is done to each; they are joined where it ends.
@@ -11,7 +11,7 @@ from openvino import Model, Node, Output
 from openvino import opset13 as ops
 from openvino.utils.node_factory import NodeFactory
 
-from deploy.winograd import A_T, B_T, ROWS, kernels
+from deploy.common.winograd import A_T, B_T, ROWS, kernels
 
 PIXELWISE = {"Add", "BatchNormInference", "Exp", "Identity", "Multiply", "Relu", "Sigmoid", "Subtract", "Tanh"}
 

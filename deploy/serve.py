@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
 from deploy.backends import Backend, Options, add_runtime, asked_for, load_exported
-from deploy.cli import ArgumentParser, UserError, non_negative_float, positive_int, run_main
+from deploy.common.cli import ArgumentParser, UserError, non_negative_float, positive_int, run_main
 from deploy.infer import read_description
 
 
@@ -80,8 +80,8 @@ def main() -> None:
     options = asked_for(args, (1, args.max_batch_size))
     import uvicorn
 
-    from deploy.batching import Batcher
-    from deploy.service import Limits, ServedModel, create_app
+    from deploy.service.app import Limits, ServedModel, create_app
+    from deploy.service.batching import Batcher
 
     models = {}
     for name, (folder, description) in folders.items():

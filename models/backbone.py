@@ -7,8 +7,8 @@ import paddle
 from paddle import Tensor, nn
 from paddle.vision import models as vision
 
-from deploy.cli import UserError
-from models import folded
+from deploy.common.cli import UserError
+from models.cpu import resnet as cpu_resnet
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ResNetFeatures(nn.Layer):
 
         C is 64 with basic blocks (ResNet18 and 34), 256 with bottleneck blocks.
         """
-        return folded.features(self, images, self._plain)
+        return cpu_resnet.features(self, images, self._plain)
 
     def _plain(self, images: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

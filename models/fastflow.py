@@ -7,9 +7,9 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from deploy.cli import UserError
-from models import fused
+from deploy.common.cli import UserError
 from models.backbone import build_backbone, feature_shapes
+from models.cpu import flow as cpu_flow
 from models.linear_maps import SMOOTHING_SIGMA, bilinear_matrix, gaussian_matrix
 from utils import distributed
 from utils.config import Config
@@ -101,7 +101,7 @@ class Flow(nn.Layer):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> z (B, C, H, W), log-det (B)."""
-        return fused.flow(x, self.module_list, self._plain, self.training)
+        return cpu_flow.flow(x, self.module_list, self._plain, self.training)
 
     def _plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_det = 0.0

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository's root
 
-from deploy.cli import ArgumentParser, UserError, non_negative_float, run_main
+from deploy.common.cli import ArgumentParser, UserError, non_negative_float, run_main
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the repository's root
 
-from deploy.cli import ArgumentParser, UserError, run_main
-from deploy.files import write_text
+from deploy.common.cli import ArgumentParser, UserError, run_main
+from deploy.common.files import write_text
 
 READY_SECONDS = 120
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not reach this machine's service

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import runtime
+from deploy.common import runtime
 from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ from pathlib import Path
 
 MODULES = ("train", "eval", "predict", "deploy.export_model", "deploy.infer")
 # What the commands import when they get to it; the server that forks has it all.
-LATER = ("matplotlib.backends.backend_agg", "models.inference_form", "utils.averaging", "utils.evaluation")
+LATER = ("matplotlib.backends.backend_agg", "models.export_form", "utils.averaging", "utils.evaluation")
 
 
 def start(
@@ -72,7 +72,7 @@ def _run(
     kill_at_rename: int,
     largest_file: int,
 ) -> None:
-    from deploy.cli import run_main
+    from deploy.common.cli import run_main
 
     os.chdir(folder)
     for stream, path in enumerate(outputs(Path(), os.getpid()), start=1):

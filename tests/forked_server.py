@@ -3,7 +3,7 @@
 import importlib
 import os
 
-from deploy import runtime
+from deploy.common import runtime
 from tests.forked import LATER, MODULES
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core cost more than such a small model saves

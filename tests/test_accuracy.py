@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import accuracy
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 OPTIONS = ["input_size=64"]
 

@@ -13,8 +13,9 @@ import pytest
 from paddle import nn
 
 import train
-from deploy.cli import UserError
-from models import convolutions, fused
+from deploy.common.cli import UserError
+from models.cpu import convolutions
+from models.cpu import flow as cpu_flow
 from models.fastflow import FastFlow, Subnet, negative_log_likelihood
 from tests.test_onednn import both, gradients, make_flow, random, refuse, tensor  # noqa: F401  (a fixture)
 from utils import distributed, loss_scale, training
@@ -86,7 +87,7 @@ def rounding_subnet(subnet, x):
 def test_bfloat16_rounds_what_goes_into_convolutions_and_nothing_else(config, random, monkeypatch, changes):  # noqa: F811
     flow = make_flow(config, random, **changes)
     x = tensor(random, 5, flow.module_list[0].global_scale.shape[1], 6, 10)
-    monkeypatch.setattr(fused, "CHUNK", 2 * x[0].size)
+    monkeypatch.setattr(cpu_flow, "CHUNK", 2 * x[0].size)
     with monkeypatch.context() as patch:
         patch.setattr(Subnet, "forward", rounding_subnet)
         expected = gradients(flow._plain, flow, x, both)
@@ -133,7 +134,7 @@ def auto_cast(monkeypatch):
             yield
 
     monkeypatch.setattr(paddle.amp, "auto_cast", fake)
-    monkeypatch.setattr(fused, "unavailable", lambda: "a test")
+    monkeypatch.setattr(cpu_flow, "unavailable", lambda: "a test")
     return asked
 
 

@@ -14,16 +14,16 @@ from paddle.vision import models as vision
 
 from deploy import export_model
 from deploy.backends import load_exported
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from deploy.infer import read_description
 from models import backbone as registry
 from models.backbone import BACKBONES, Backbone, build_backbone, feature_shapes
 from models.fastflow import FastFlow
 from models.offline_start import calibrated_start
-from models.pretrained import load_backbone, read_weights
 from utils.checkpoint import load_model, published_state, save_checkpoint
 from utils.config import load_config
 from utils.training import build_optimizer, training_step
+from utils.weights import load_backbone, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (64, 96)

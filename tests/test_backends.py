@@ -16,10 +16,10 @@ import yaml
 
 from deploy import backends
 from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, set_up
-from deploy.cli import UserError
-from deploy.imaging import label, list_images, preprocess, read_rgb
+from deploy.common.cli import UserError
+from deploy.common.imaging import label, list_images, preprocess, read_rgb
+from models.export_form import InferenceForm
 from models.fastflow import FastFlow, per_location_score
-from models.inference_form import InferenceForm
 from tests import forked
 from tests.converter import CONVERTER, INSTALL, needs_converter
 from tests.serving import PREDICT, Process
@@ -283,7 +283,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import numpy as np
 from deploy.backends import Options, load_exported, set_up
-from deploy.cli import run_main
+from deploy.common.cli import run_main
 def main():
     set_up(sys.argv[3], 1)
     model = load_exported(Path(sys.argv[2]), sys.argv[3], Options(threads=1))
@@ -442,7 +442,9 @@ def test_a_picture_that_cannot_be_written_costs_no_result(exported, tmp_path):
 
 
 def test_what_ends_it_half_way_costs_no_result_before(exported, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.imaging as i; read = i.read_rgb\n"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.common.imaging as i\nread = i.read_rgb\n"
+    )
     code += "def stop(path):\n    if path.name == '005.png': raise KeyboardInterrupt\n    return read(path)\n"
     code += "i.read_rgb = stop; runpy.run_module('deploy.infer', run_name='__main__')"
     options = ["--save_inference_dir", exported / "model", "--image_path", ROOT / "lite_data/bottle/test/good"]

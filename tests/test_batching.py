@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from deploy.batching import Batcher, Full
+from deploy.service.batching import Batcher, Full
 
 SOON = 10  # seconds; far beyond what anything here takes
 

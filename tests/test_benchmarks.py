@@ -40,7 +40,7 @@ from benchmarks.report import (
 from benchmarks.start import published_config, same_model
 from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from models.fastflow import negative_log_likelihood
 from tests.converter import needs_converter
 from utils.checkpoint import published_state

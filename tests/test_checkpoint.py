@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 import pytest
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from models.fastflow import FastFlow
 from utils.checkpoint import load_checkpoint, load_model, published_state, save_checkpoint, set_published_state
 from utils.pickles import load_pickle

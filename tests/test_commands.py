@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from deploy.backends import load_exported
-from deploy.imaging import decision_line, preprocess, read_rgb
+from deploy.common.imaging import decision_line, preprocess, read_rgb
 from tests import forked
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -825,7 +825,7 @@ def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
 def test_a_script_may_end_without_clean_up_but_not_without_its_output(at_once, said):
     code = f"""
 import atexit
-from deploy.cli import run_main
+from deploy.common.cli import run_main
 atexit.register(print, "clean-up")
 run_main(lambda: print("line") or 2, end_at_once={at_once})
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from utils.config import Config, SelectionWeights, load_config, parse_config
 
 PATH = "configs/resnet18.yaml"

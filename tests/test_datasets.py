@@ -12,8 +12,8 @@ from PIL import Image
 
 from datasets import mvtec
 from datasets.mvtec import GroundTruth, LabelledImage, list_categories, load_category, load_ground_truth, read_batches
-from deploy.cli import UserError
-from deploy.imaging import read_mask, read_rgb
+from deploy.common.cli import UserError
+from deploy.common.imaging import read_mask, read_rgb
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 RGB = np.stack([GREY, 255 - GREY, GREY // 2], axis=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from utils import distributed
 
 ROOT = Path(__file__).resolve().parent.parent

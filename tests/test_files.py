@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from deploy.cli import UserError
-from deploy.files import hold_folder, make_folder, write_text, write_whole
+from deploy.common.cli import UserError
+from deploy.common.files import hold_folder, make_folder, write_text, write_whole
 
 
 def test_text_is_written_as_utf8_into_new_folders(tmp_path):

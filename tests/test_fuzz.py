@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.mvtec import list_categories, load_category, load_ground_truth, read_batches
-from deploy.cli import UserError
-from deploy.imaging import preprocess, read_rgb
+from deploy.common.cli import UserError
+from deploy.common.imaging import preprocess, read_rgb
 from deploy.infer import read_description
-from deploy.service import Limits, create_app
+from deploy.service.app import Limits, create_app
 from models.fastflow import FastFlow
 from tests.serving import PREDICT, picture_file
 from tests.test_serve import served

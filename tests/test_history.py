@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from utils.config import SelectionWeights, load_config
 from utils.history import EpochRow, best_row, draw_curves, epoch_line, finished, selection_value, waited_for, write_csv
 

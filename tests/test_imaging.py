@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.cli import UserError
-from deploy.imaging import (
+from deploy.common.cli import UserError
+from deploy.common.imaging import (
     MEAN,
     STD,
     decision_line,

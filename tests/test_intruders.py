@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import yaml
 
-from deploy.cli import UserError, report_error, warn
-from deploy.imaging import list_images, read_rgb
+from deploy.common.cli import UserError, report_error, warn
+from deploy.common.imaging import list_images, read_rgb
+from deploy.common.plain_yaml import MOST_CHARACTERS, parse_yaml
 from deploy.infer import read_description
-from deploy.plain_yaml import MOST_CHARACTERS, parse_yaml
-from models.pretrained import read_weights
 from tests.serving import png_that_claims
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 from utils.pickles import load_pickle
 from utils.results import category_folder, describe_backbone
 from utils.thresholds import load_thresholds
+from utils.weights import read_weights
 
 
 @pytest.fixture(autouse=True)

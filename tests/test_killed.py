@@ -18,8 +18,8 @@ import pytest
 
 from deploy import export_model
 from deploy.backends import model_files
-from deploy.cli import UserError
-from deploy.imaging import read_rgb
+from deploy.common.cli import UserError
+from deploy.common.imaging import read_rgb
 from deploy.infer import read_description
 from tests.forked import outputs, start
 from tests.test_files import recorded
@@ -245,7 +245,9 @@ def test_a_second_training_into_the_same_folder_says_so_and_stops(tmp_path):
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    hold = f"from pathlib import Path; from deploy.files import hold_folder; hold_folder(Path({str(tmp_path)!r}))"
+    hold = (
+        f"from pathlib import Path; from deploy.common.files import hold_folder; hold_folder(Path({str(tmp_path)!r}))"
+    )
     for _ in range(2):
         subprocess.run([sys.executable, "-c", hold], cwd=ROOT, check=True)
         assert not list(tmp_path.iterdir())
@@ -352,7 +354,7 @@ def run_onto_full_disk(code):
 
 
 def test_output_onto_a_full_disk_is_one_line():
-    done = run_onto_full_disk("from deploy.cli import run_main; run_main(lambda: print('line'))")
+    done = run_onto_full_disk("from deploy.common.cli import run_main; run_main(lambda: print('line'))")
     assert done.returncode == 2
     assert done.stderr == "error: the output cannot be written (No space left on device); make room on its disk\n"
 

@@ -12,8 +12,10 @@ import pytest
 from paddle import nn
 from paddle.vision import models as vision
 
-from models import convolutions, folded, fused, onednn, winograd
 from models.backbone import BACKBONES, build_backbone
+from models.cpu import convolutions, onednn, winograd
+from models.cpu import flow as cpu_flow
+from models.cpu import resnet as cpu_resnet
 from models.fastflow import FastFlow, Flow
 from utils.training import build_optimizer, training_step
 
@@ -30,7 +32,7 @@ def random():
 @pytest.fixture
 def without_onednn(monkeypatch):
     """Call it to turn the plain path on."""
-    return lambda: monkeypatch.setattr(fused, "unavailable", lambda: "a test")
+    return lambda: monkeypatch.setattr(cpu_flow, "unavailable", lambda: "a test")
 
 
 def refuse(_):
@@ -100,7 +102,7 @@ def both(z, log_det):
 def test_flow_agrees(config, random, monkeypatch, changes, batch):
     flow = make_flow(config, random, **changes)
     x = tensor(random, batch, flow.module_list[0].global_scale.shape[1], 6, 10)
-    monkeypatch.setattr(fused, "CHUNK", 2 * x[0].size)  # images go two at a time, the last one alone
+    monkeypatch.setattr(cpu_flow, "CHUNK", 2 * x[0].size)  # images go two at a time, the last one alone
     expected = gradients(flow._plain, flow, x, both)
     monkeypatch.setattr(flow, "_plain", refuse)
     assert_agree(gradients(flow, flow, x, both), expected)
@@ -128,7 +130,7 @@ def test_inputs_that_need_no_gradient(config, random):
     both(*flow._plain(x)).backward()
     expected = trained.grad.numpy()
     flow.clear_gradients()
-    both(*fused.flow(x, flow.module_list, refuse, training=True)).backward()
+    both(*cpu_flow.flow(x, flow.module_list, refuse, training=True)).backward()
     np.testing.assert_allclose(trained.grad.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert all(p.grad is None for p in flow.parameters() if p is not trained)
 
@@ -156,8 +158,8 @@ def test_gradients_in_eval_mode_can_be_asked_for_in_any_way(config, random):
 @needs_onednn
 def test_activations_are_used_again(config, random, monkeypatch):
     made = []
-    activations = fused._Activations
-    monkeypatch.setattr(fused, "_Activations", lambda *shape: made.append(shape) or activations(*shape))
+    activations = cpu_flow._Activations
+    monkeypatch.setattr(cpu_flow, "_Activations", lambda *shape: made.append(shape) or activations(*shape))
     flow = make_flow(config, random)
     x = {batch: tensor(random, batch, 32, 7, 5) for batch in (1, 2, 3)}
     for batch in [1, 2, 3] * 5:
@@ -208,7 +210,7 @@ def assert_features_agree(actual, expected):
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (5, 3, 96, 64), (2, 3, 75, 61)])
 def test_backbone_agrees(backbone, random, shape):
     images = tensor(random, *shape)
-    assert_features_agree(folded.features(backbone, images, refuse), backbone._plain(images))
+    assert_features_agree(cpu_resnet.features(backbone, images, refuse), backbone._plain(images))
 
 
 @needs_onednn
@@ -216,14 +218,14 @@ def test_backbone_agrees(backbone, random, shape):
 def test_every_backbone_agrees(random, name):
     model = with_statistics(build_backbone(name), random)
     images = tensor(random, 2, 3, 40, 64)
-    assert_features_agree(folded.features(model, images, refuse), model._plain(images))
+    assert_features_agree(cpu_resnet.features(model, images, refuse), model._plain(images))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_without_batch_norms_agrees(random, name):
     model = with_statistics(build_backbone(name), random)
     images = tensor(random, 2, 3, 40, 64)
-    alone = folded.without_batch_norms(model)
+    alone = cpu_resnet.without_batch_norms(model)
     assert any(isinstance(layer, nn.BatchNorm2D) for layer in model.sublayers())
     assert not any(isinstance(layer, nn.BatchNorm2D) for layer in alone.sublayers())
     assert_features_agree(alone._plain(images), model._plain(images))
@@ -235,7 +237,7 @@ def test_folding_keeps_biases_and_other_norms(backbone, random):
     block = backbone.layer1[0]
     block.bn2 = nn.GroupNorm(4, 64)
     images = tensor(random, 2, 3, 40, 64)
-    alone = folded.without_batch_norms(backbone)
+    alone = cpu_resnet.without_batch_norms(backbone)
     assert isinstance(alone.layer1[0].bn2, nn.GroupNorm)
     assert_features_agree(alone._plain(images), backbone._plain(images))
 
@@ -247,7 +249,7 @@ def test_gradients_of_images_go_the_plain_way(backbone, random):
     (gradient,) = paddle.grad(backbone(images)[2].sum(), [images])
     assert gradient.abs().max().item() > 0
     with paddle.no_grad():
-        assert_features_agree(folded.features(backbone, images, refuse), backbone._plain(images))
+        assert_features_agree(cpu_resnet.features(backbone, images, refuse), backbone._plain(images))
 
 
 @needs_onednn
@@ -265,7 +267,7 @@ def test_new_weights_of_the_backbone_are_noticed(backbone, random):
 @needs_onednn
 def test_networks_it_does_not_know_go_the_plain_way(random):
     model = with_statistics(vision.resnext50_32x4d(), random)
-    assert folded.features(model, tensor(random, 1, 3, 64, 64), lambda _: "plain") == "plain"
+    assert cpu_resnet.features(model, tensor(random, 1, 3, 64, 64), lambda _: "plain") == "plain"
 
 
 @needs_onednn
@@ -385,9 +387,9 @@ def test_the_self_check_notices_another_result(monkeypatch):
 
 FROM_THREADS = """
 import threading
-from deploy import runtime
+from deploy.common import runtime
 runtime.setup()
-from models import convolutions
+from models.cpu import convolutions
 found = []
 check = convolutions.unavailable.__wrapped__
 threads = [threading.Thread(target=lambda: found.extend(check() for _ in range(15))) for _ in range(3)]

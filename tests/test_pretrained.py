@@ -17,11 +17,11 @@ from paddle.vision.models import resnet
 from PIL import Image
 from safetensors.numpy import save_file
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from models.backbone import BACKBONES, build_backbone
-from models.pretrained import VARIABLE, download_official, load_backbone, official_file, read_weights
 from utils.config import load_config
 from utils.results import OFFLINE
+from utils.weights import VARIABLE, download_official, load_backbone, official_file, read_weights
 
 SUFFIXES = (".npz", ".pdparams", ".safetensors")
 EXTRA = {"fc.weight": np.ones((512, 10), np.float32), "layer4.0.conv1.weight": np.ones((2, 2), np.float32)}

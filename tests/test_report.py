@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from datasets.mvtec import GroundTruth
-from deploy.imaging import read_rgb
+from deploy.common.imaging import read_rgb
 from utils.evaluation import Scores, measure_all
 from utils.report import csv_table, draw_evaluation, markdown_table, means, print_table, save_maps, write_results
 from utils.results import UNSTATED

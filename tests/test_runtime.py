@@ -7,8 +7,8 @@ import sys
 import paddle
 import pytest
 
-from deploy import runtime
-from deploy.cli import UserError
+from deploy.common import runtime
+from deploy.common.cli import UserError
 
 INTEL = {"GenuineIntel", "avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 AMD_AVX512 = INTEL - {"GenuineIntel"} | {"AuthenticAMD"}
@@ -110,7 +110,7 @@ def test_defaults_fill_what_the_user_has_not_set(monkeypatch, capsys):
 
 def test_importing_the_module_does_not_import_paddle():
     """Else the variables would come too late."""
-    code = "import sys, deploy.runtime, deploy.cli, deploy.imaging; sys.exit('paddle' in sys.modules)"
+    code = "import sys; from deploy.common import cli, imaging, runtime; sys.exit('paddle' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -123,7 +123,7 @@ def test_numpy_random_is_imported_before_paddle():
         "        if name == 'paddle':\n"
         "            sys.exit('numpy.random' not in sys.modules)\n"
         "sys.meta_path.insert(0, AtPaddle())\n"
-        "from deploy import runtime\n"
+        "from deploy.common import runtime\n"
         "runtime.setup()\n"
         "sys.exit(2)\n"
     )

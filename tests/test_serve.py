@@ -22,8 +22,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from deploy.batching import Batcher
-from deploy.service import Limits, ServedModel, create_app
+from deploy.service.app import Limits, ServedModel, create_app
+from deploy.service.batching import Batcher
 from tests.serving import HOSTILE, MB, PREDICT, Process, picture_file
 
 ROOT = Path(__file__).resolve().parent.parent

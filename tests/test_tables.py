@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.inputs import ROOT
 from benchmarks.tables import BLOCK, READMES, accuracy, exported, fall, speed, with_tables
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 
 @pytest.mark.parametrize(("name", "language"), READMES.items())

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from datasets.mvtec import Category, GroundTruth
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from utils.evaluation import Scores, measure_all
 from utils.thresholds import (
     PUBLISHED,

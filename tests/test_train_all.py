@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 import train_all
-from deploy import runtime
+from deploy.common import runtime
 from utils.config import load_config
 from utils.history import EpochRow, finished
 

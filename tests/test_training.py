@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from datasets.mvtec import hold_out
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from models.fastflow import FastFlow
 from utils.averaging import WeightAverage
 from utils.config import load_config

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import paddle
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from models.fastflow import FastFlow
 
 

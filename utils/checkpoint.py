@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import paddle
 
-from deploy.cli import UserError, warn
-from deploy.files import write_whole
+from deploy.common.cli import UserError, warn
+from deploy.common.files import write_whole
 from models.fastflow import FastFlow, FlowStep
 from utils import distributed
 from utils.averaging import WeightAverage
@@ -24,7 +24,7 @@ from utils.history import EpochRow
 from utils.loss_scale import LossScale
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
-from utils.states import set_state
+from utils.weights import set_state
 
 # Settings that a training cannot change half-way.
 RESUME_KEYS = ("selection", "holdout", "ema_decay")
@@ -215,7 +215,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _is_provenance(value: Any) -> bool:
-    """Whether it is what `models.pretrained.load_backbone` returns."""
+    """Whether it is what `utils.weights.load_backbone` returns."""
     if not isinstance(value, dict) or value.keys() != {"source", "file", "sha256"}:
         return False
     kinds = {type(value["file"]), type(value["sha256"])}

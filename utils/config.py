@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deploy.cli import UserError
-from deploy.plain_yaml import parse_yaml, read_yaml
+from deploy.common.cli import UserError
+from deploy.common.plain_yaml import parse_yaml, read_yaml
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import paddle.distributed as dist
 from paddle import Tensor, nn
 from paddle.base import core
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 LONGEST_WAIT = 3600  # seconds for the slowest process; after so many the others take it for gone
 POLL = 0.05  # seconds

@@ -7,7 +7,7 @@ import paddle
 from paddle import Tensor
 
 from datasets.mvtec import GroundTruth
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils.features import FeatureCache
 from utils.metrics import aupro, auroc, average_precision, f1_max

@@ -15,8 +15,8 @@ from paddle import Tensor, nn
 from tqdm import tqdm
 
 from datasets.mvtec import read_batches
-from deploy.imaging import normalise
-from deploy.runtime import available_memory, local_processes
+from deploy.common.imaging import normalise
+from deploy.common.runtime import available_memory, local_processes
 from models.backbone import feature_shapes
 
 CACHING_BATCH = 8  # pictures a pass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from deploy.files import write_text
+from deploy.common.files import write_text
 from utils.config import Config
 from utils.plots import blank_figure, write_figure
 from utils.results import figure

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 
 def make_logger(path: Path, silent: bool) -> logging.Logger:

@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 START, RISE_AFTER = 2.0**16, 2000  # those of paddle.amp.GradScaler
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from deploy.runtime import available_cores
+from deploy.common.runtime import available_cores
 
 WORTH_A_THREAD = 500_000  # scores to sort
 

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from deploy import runtime
-from deploy.cli import ArgumentParser, non_negative_float
+from deploy.common import runtime
+from deploy.common.cli import ArgumentParser, non_negative_float
 from utils.config import Config, load_config
 
 
@@ -63,7 +63,7 @@ def start(args: argparse.Namespace, **options: object) -> Config:
     if args.verbose:
         print(f"device: {device}", file=sys.stderr)
         if device == "cpu":
-            from models import convolutions
+            from models.cpu import convolutions
 
             print(convolutions.describe(), file=sys.stderr)
     return config

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.cli import UserError
-from deploy.files import regular_file
+from deploy.common.cli import UserError
+from deploy.common.files import regular_file
 
 NUMBER_TYPE = re.compile(r"[biuf]\d")  # bool, integers, floats; never objects, whose bytes would be pointers
 PADDLES_NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own key in a saved state_dict

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.files import write_whole
+from deploy.common.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # slow to import, and needed when there is something to draw

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.mvtec import GroundTruth
-from deploy.cli import warn
-from deploy.files import write_text, write_whole
-from deploy.imaging import draw_result, read_rgb, write_picture
+from deploy.common.cli import warn
+from deploy.common.files import write_text, write_whole
+from deploy.common.imaging import draw_result, read_rgb, write_picture
 from utils.metrics import roc_curve
 from utils.plots import blank_figure, write_figure
 from utils.results import describe_backbone, describe_selection, figure

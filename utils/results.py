@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import UserError, printable
+from deploy.common.cli import UserError, printable
 
 RESULTS = Path("results")
 UNSTATED = {"source": "not stated in the checkpoint", "file": None, "sha256": None}  # of published files

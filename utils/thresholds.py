@@ -24,10 +24,10 @@ import numpy as np
 import yaml
 
 from datasets.mvtec import Category, GroundTruth
-from deploy.cli import UserError, warn
-from deploy.files import regular_file, write_text
-from deploy.imaging import PUBLISHED_THRESHOLD
-from deploy.plain_yaml import read_yaml
+from deploy.common.cli import UserError, warn
+from deploy.common.files import regular_file, write_text
+from deploy.common.imaging import PUBLISHED_THRESHOLD
+from deploy.common.plain_yaml import read_yaml
 from utils.metrics import f1_score
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from deploy.cli import UserError
-from models import convolutions
+from deploy.common.cli import UserError
+from models.cpu import convolutions
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils import distributed
 from utils.averaging import WeightAverage

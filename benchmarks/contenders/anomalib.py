@@ -20,7 +20,7 @@ from anomalib.models.image.fastflow.torch_model import FastflowModel
 from benchmarks.inputs import random_images, spread
 from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth, read_batches
-from deploy.imaging import normalise
+from deploy.common.imaging import normalise
 
 FLOW_STEPS = 8
 

@@ -10,7 +10,7 @@ from benchmarks.inputs import random_images, random_maps, spread
 from benchmarks.start import published_config, same_model
 from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
-from models import convolutions
+from models.cpu import convolutions
 from models.fastflow import negative_log_likelihood
 from utils.averaging import WeightAverage
 from utils.checkpoint import published_state, save_checkpoint

@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from deploy.cli import UserError
+from deploy.common.cli import UserError
 
 
 def setup(verbose: bool = False) -> dict[str, str]:

@@ -7,23 +7,22 @@ import sys
 import time
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from paddle import nn
+from paddle import Tensor, nn
 from tqdm import tqdm
 
 from datasets.mvtec import read_batches
-from deploy.cli import UserError, warn
-from deploy.files import regular_file, write_whole
-from deploy.imaging import normalise
+from deploy.common.cli import UserError, warn
+from deploy.common.files import regular_file, write_whole
+from deploy.common.imaging import normalise
 from models.backbone import Backbone, find_backbone
 from models.offline_start import calibrated_start
 from utils.config import Config
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
-from utils.states import set_state
 
 VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"  # of any backbone
 VARIABLE_OF_ONE = "FASTFLOW_WEIGHTS_"  # before the name of a backbone, in capitals
@@ -149,3 +148,29 @@ def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> 
         weights = {name: value for name, value in weights.items() if not str(name).startswith(entry.left_out)}
     set_state(backbone, weights, str(path))
     return {"source": source, "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> None:
+    """Copy the arrays into the layer's parameters and buffers of the same names.
+
+    Raises:
+        UserError: names are missing or unknown, or shapes differ; nothing is copied then.
+    """
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source}: holds no named weights")
+    own = layer.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    values = {}
+    for name, value in state.items():
+        if name not in own:
+            problems.append(f"{name} is not part of this model")
+        elif not isinstance(value, np.ndarray | Tensor) or np.asarray(value).dtype.kind not in "biuf":
+            problems.append(f"{name} is no array of numbers")
+        elif list(value.shape) != list(own[name].shape):
+            problems.append(f"{name} has shape {list(value.shape)} instead of {list(own[name].shape)}")
+        else:
+            values[name] = np.asarray(value, np.float32)
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{source}: does not fit this model: {'; '.join(problems[:5])}{more}")
+    layer.set_state_dict(values)

@@ -13,9 +13,9 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from deploy import runtime
-from deploy.winograd import ROWS
-from models.onednn import (
+from deploy.common import runtime
+from deploy.common.winograd import ROWS
+from models.cpu.onednn import (
     EXP,
     F32,
     MUL,
@@ -28,7 +28,7 @@ from models.onednn import (
     library,
     multiply,
 )
-from models.winograd import WeightsGradientByProducts, WinogradConvolution, WinogradWeightsGradient
+from models.cpu.winograd import WeightsGradientByProducts, WinogradConvolution, WinogradWeightsGradient
 
 AnyConvolution = Convolution | WinogradConvolution
 AnyWeightsGradient = WeightsGradient | WeightsGradientByProducts | WinogradWeightsGradient

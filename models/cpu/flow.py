@@ -28,8 +28,8 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from models.convolutions import LOCK, AnyWeightsGradient, convolution, unavailable, weights_gradient
-from models.onednn import (
+from models.cpu.convolutions import LOCK, AnyWeightsGradient, convolution, unavailable, weights_gradient
+from models.cpu.onednn import (
     ADD,
     BF16,
     EXP,

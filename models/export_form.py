@@ -20,8 +20,8 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from models.backbone import ResNetFeatures
+from models.cpu.resnet import without_batch_norms
 from models.fastflow import FastFlow, Flow, FlowStep
-from models.folded import without_batch_norms
 
 
 class InferenceForm(nn.Layer):

@@ -1,9 +1,10 @@
 """Convolutions on oneDNN that are made of other ones, and of products of matrices.
 
-With AVX2 only, a 3x3 convolution takes half the multiplications, and less time, in the form of `deploy.winograd`. Its
-transforms B^T d and A^T m are products of a small matrix with rows of pixels, channels-last. B^T d are six pictures,
-one after the other in memory, each with a row for each four rows of what the convolution takes. The product makes it of
-these four, d1 ... d4; a second one adds d0 and d5, of the four before and the four after.
+With AVX2 only, a 3x3 convolution takes half the multiplications, and less time, in the form of
+`deploy.common.winograd`. Its transforms B^T d and A^T m are products of a small matrix with rows of pixels, channels-
+last. B^T d are six pictures, one after the other in memory, each with a row for each four rows of what the convolution
+takes. The product makes it of these four, d1 ... d4; a second one adds d0 and d5, of the four before and the four
+after.
 
 Memory for what is between the steps is shared by all objects that want it in one shape: they are called one by one.
 """
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deploy.winograd import A_T, B_T, ROWS, G
-from models.onednn import Buffer, Convolution, Layout, PostOps, Primitive, channel_sums, matmul, reorder, turned
+from deploy.common.winograd import A_T, B_T, ROWS, G
+from models.cpu.onednn import Buffer, Convolution, Layout, PostOps, Primitive, channel_sums, matmul, reorder, turned
 
 
 class WinogradConvolution:
@@ -51,7 +52,7 @@ class WinogradConvolution:
         return self._packed(self._pack, weights)
 
     def packed_adjoint(self, weights: np.ndarray) -> list[Buffer]:
-        """See `models.onednn.Convolution.packed_adjoint`."""
+        """See `models.cpu.onednn.Convolution.packed_adjoint`."""
         return self._packed(self._pack_transposed, turned(weights))
 
     def _packed(self, pack: Primitive, weights: np.ndarray) -> list[Buffer]:

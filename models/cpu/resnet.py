@@ -16,9 +16,9 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from models.convolutions import LOCK, convolution
-from models.fused import usable
-from models.onednn import RELU, Buffer, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
+from models.cpu.convolutions import LOCK, convolution
+from models.cpu.flow import usable
+from models.cpu.onednn import RELU, Buffer, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
 
 CHUNK = 4  # images that go through the network together, in little memory; the time is flat from 1 to 8
 PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last in a downsample

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from deploy.cli import UserError
-from deploy.files import regular_file, write_whole
+from deploy.common.cli import UserError
+from deploy.common.files import regular_file, write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that starts another program

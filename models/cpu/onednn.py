@@ -1,7 +1,7 @@
 """The oneDNN library that Paddle's wheel carries, called directly through ctypes; nothing is compiled.
 
 Paddle's own CPU convolution reaches half of what oneDNN does on the same cores, and each pointwise operation is one
-more pass over memory. `models.fused` and `models.folded` build the flows and the backbone from the primitives here.
+more pass over memory. `flow` and `resnet` beside it build the flows and the backbone from the primitives here.
 
 * Layout: activations are channels-last, (B, H, W, C) in memory, dense. The library chooses the layout of weights, and
   a reorder packs Paddle's (O, I, kH, kW) into it. A reorder also leads from channels-first and back.

@@ -28,10 +28,10 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
-from deploy.batching import Answer, Batcher, Full
-from deploy.cli import UserError
-from deploy.imaging import label, preprocess, read_rgb
-from deploy.runtime import available_cores
+from deploy.common.cli import UserError
+from deploy.common.imaging import label, preprocess, read_rgb
+from deploy.common.runtime import available_cores
+from deploy.service.batching import Answer, Batcher, Full
 
 PAGE = Path(__file__).resolve().parent / "page"
 RETRY_AFTER = "1"  # seconds; by then some of what filled the queue is answered
