@@ -7,17 +7,21 @@ from typing import Any
 from datasets.mvtec import list_categories, load_category, load_ground_truth
 from deploy.common.cli import UserError, report_error, run_main, share
 from utils.config import Config
-from utils.options import add_cache, add_category, add_data, common_parser, start
-from utils.report import draw_evaluation, print_table, save_maps, write_results
-from utils.results import UNSTATED, experiment_folder
+from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, start
+from utils.report import draw_evaluation, print_results, save_maps, write_results
+from utils.results import UNSTATED, evaluation_line, experiment_folder
 from utils.thresholds import (
     FALSE_ALARM_RATE,
+    FILE_NAME,
     PUBLISHED,
+    PUBLISHED_RULE,
     RULES,
     calibrate_f1,
     calibrate_quantile,
     held_out_pictures,
+    load_thresholds,
     outcome,
+    withdraw_thresholds,
     write_thresholds,
 )
 
@@ -27,14 +31,14 @@ def parse_args() -> argparse.Namespace:
     add_category(parser, "name of a category's folder under --data, or all")
     add_data(parser)
     add_cache(parser)
+    add_cuda(parser)
     parser.add_argument("--is_last", action="store_true", help="the last checkpoint instead of the best one")
     parser.add_argument("--all_metrics", action="store_true", help="print all figures, not only the AUROCs")
     parser.add_argument("--save_maps", action="store_true", help="write what the figures are made of to maps.npz")
     parser.add_argument(
         "--threshold_rule",
         choices=RULES,
-        default="f1",
-        help="f1: highest F1 on the test set; quantile: from good training pictures held out (%(default)s)",
+        help="published: 0.8; f1: highest F1 on the test set; quantile: from held-out good pictures (the config's)",
     )
     parser.add_argument(
         "--false_alarm_rate",
@@ -47,9 +51,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    if args.false_alarm_rate and args.threshold_rule != "quantile":
+    config = start(args, threshold_rule=args.threshold_rule)
+    if args.false_alarm_rate and config.threshold_rule != "quantile":
         raise UserError("--false_alarm_rate: goes with --threshold_rule quantile only")
-    config = start(args)
 
     folder = experiment_folder(args.exp_dir)
     names = list_categories(Path(args.data)) if args.category == "all" else [args.category]
@@ -57,26 +61,26 @@ def main() -> int:
     failed = False
     for name in names:
         try:
-            results[name] = evaluate(config, args, name, folder / name)
+            results[name] = evaluate(config, args, name, folder / name, first=name == names[0])
         except UserError as error:
             report_error(error)  # the other categories still count
             failed = True
     if results:
-        print_table(results, args.all_metrics)
         write_results(folder, results)
+        print_results(results, args.all_metrics)
     return 2 if failed else 0
 
 
-def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Measure one category, calibrate its thresholds, draw its pictures.
+def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, first: bool) -> dict[str, Any]:
+    """Measure one category, calibrate its thresholds, draw its pictures; `first` of those that are evaluated.
 
     Returns:
-        the category's entry in eval.json: its figures and what they were measured on.
+        the category's entry in eval.json: its figures, what they were measured on, and what its decisions come to.
 
     Raises:
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
-    from utils.checkpoint import load_model
+    from utils.checkpoint import epoch_of, load_model, selection_of
     from utils.evaluation import Scores, measure_all, score_images
     from utils.features import CacheBudget, FeatureCache
 
@@ -84,9 +88,12 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
     category = load_category(Path(args.data), name)
     path = folder / ("last.pdparams" if args.is_last else "best.pdparams")
     model, checkpoint = load_model(config, path)
-    by_quantile = args.threshold_rule == "quantile"
-    held_out = held_out_pictures(category, checkpoint, path) if by_quantile else []
+    rule = config.threshold_rule
+    held_out = held_out_pictures(category, checkpoint, path) if rule == "quantile" else []
+    kept = load_thresholds(path) if rule == PUBLISHED_RULE and not args.threshold_rule else None
     truth = load_ground_truth(category.test, config.size, config.mask_rule)
+    if first:
+        print(f"Model A.D. Param#: {model.trainable_parameters()}")
 
     def score(pictures: list[Path]) -> Scores:
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
@@ -95,35 +102,43 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path) 
     paths = [image.path for image in category.test]
     scores = score(paths)
     figures = measure_all(scores, truth)
-    if by_quantile:
+    calibration = None
+    if rule == "quantile":
         calibration = calibrate_quantile(held_out[0].parent, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE)
-    else:
+    elif rule == "f1":
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED
-    epoch = int(checkpoint["epoch"])
-    trained = checkpoint.get("config", {})
-    selection = trained.get("selection", "test_auroc")
-    if args.is_last:
-        selection = "last" if selection == "last" or epoch == trained.get("epochs", epoch) else "last_by_patience"
+    decisions = outcome(thresholds, scores, truth)
 
     # ---- files
+    print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
     if args.is_last:
-        print(f"{name}: thresholds are stored for best.pdparams only; with --is_last they stay as they are")
+        if rule != PUBLISHED_RULE:
+            print(f"{name}: thresholds are stored for best.pdparams only; with --is_last they stay as they are")
     elif calibration:
-        file = write_thresholds(path, epoch, calibration, outcome(thresholds, scores, truth))
+        file = write_thresholds(path, epoch_of(checkpoint), calibration, decisions)
         print(f"{name}: thresholds {thresholds.describe()}, written to {file}")
+    elif kept:
+        print(
+            f"{name}: predict.py and export go on with {kept.describe()} of {folder / FILE_NAME}; "
+            "eval.py --threshold_rule published removes it"
+        )
+    elif args.threshold_rule == PUBLISHED_RULE:
+        withdraw_thresholds(path)
     draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds)
     if args.save_maps:
         save_maps(folder / "maps.npz", paths, scores, truth)
     return {
         **figures,
-        "selection": selection,
+        "selection": selection_of(checkpoint, args.is_last),
         "checkpoint": str(path),
-        "epoch": epoch,
+        "epoch": epoch_of(checkpoint),
+        "epoch_in_file": int(checkpoint["epoch"]),
         "backbone": checkpoint.get("backbone") or UNSTATED,
         "images": len(category.test),
         "anomalous_images": int(truth.labels.sum()),
         "images_with_mask": sum(image.mask is not None for image in category.test),
+        "decisions": {"rule": thresholds.rule, "image": thresholds.image, "pixel": thresholds.pixel, **decisions},
     }
 
 

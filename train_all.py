@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from datasets.mvtec import MVTEC_CATEGORIES, list_categories
 from deploy.common import runtime
-from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
+from deploy.common.cli import UserError, positive_int, run_main
 from deploy.common.files import make_folder
 from utils.config import Config, load_config
 from utils.history import EpochRow, best_row, finished
-from utils.options import add_data
+from utils.options import add_data, experiment_parser
 from utils.results import experiment_folder, figure
 
 OUTPUT = "output.log"  # in a category's folder: all that its training printed
@@ -43,10 +43,9 @@ if os.getppid() == int(sys.argv[1]):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(description="Train every category under --data over all devices, then evaluate them.")
-    parser.add_argument("-cfg", "--config", default="./configs/resnet18.yaml", help="YAML config (%(default)s)")
-    parser.add_argument("--exp_dir", default="exp", help="folder under results/ (%(default)s)")
+    parser = experiment_parser("Train every category under --data over all devices, then evaluate them.")
     add_data(parser)
+    parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's")
     parser.add_argument("--gpus", type=cards, metavar="N,N", help="cards to train on (all that there are)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="categories at a time (one a card, or one)")
     return parser.parse_args()
@@ -62,13 +61,15 @@ def cards(text: str) -> list[str]:
 
 def main() -> int:
     args = parse_args()
-    config = load_config(args.config)
+    config = load_config(args.config, args.override, epochs=args.epochs)
     names = find_categories(Path(args.data))
     folder = experiment_folder(args.exp_dir)
     environ = dict(os.environ)  # before setup() adds what is meant for one process alone
     runtime.setup()  # before anything imports paddle
     devices = choose_devices(args.gpus, args.jobs)[: len(names)]
+    overrides = [*args.override, *([f"epochs={args.epochs}"] if args.epochs else [])]
     options = ["-cfg", args.config, "--data", args.data, "--exp_dir", args.exp_dir]
+    options += [word for override in overrides for word in ("-o", override)]
 
     sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -38,13 +38,15 @@ LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(description="Score pictures with an exported model.")
     parser.add_argument("-cfg", "--config", help="accepted as before; the exported model carries all it needs")
-    parser.add_argument("--save_inference_dir", default="./results/inference", help="exported model (%(default)s)")
+    parser.add_argument(
+        *("--save_inference_dir", "--model_dir"), default="./results/inference", help="exported model (%(default)s)"
+    )
     add_runtime(parser)
     parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures a run (%(default)s)")
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")
-    add_pictures(parser, "the exported model's")
+    add_pictures(parser, "the exported model's", image_path="images/bottle_bad.png")
     parser.add_argument("--output_dir", help="write a picture with heat map and mask per input here")
     parser.add_argument("--save_json", metavar="FILE", help="write the results here, a line of JSON per picture")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")

@@ -58,6 +58,11 @@ expect_lines() {
     done
 }
 
+# forget_logs: remove what an earlier run of this config and mode has left, so that nothing of it is taken for this one.
+forget_logs() {
+    rm -f "test_tipc/output/$(line_value 2)/$mode"/*.log "test_tipc/output/$(line_value 2)/$mode"/*.jsonl
+}
+
 # open_log NAME: sets output (the folder of the logs) and results_log (NAME in it, emptied), and
 # starts counting.
 open_log() {
@@ -143,9 +148,17 @@ data_folder() {
     fi
 }
 
-# python_program: line 3's value, or the environment variable `python`.
+# python_program: the environment variable `python`, or line 3's value; where that program is not to be found (a config
+# of another machine may say python3.7), the python that is.
 python_program() {
-    printf '%s' "${python:-$(line_value 3)}"
+    local program=${python:-$(line_value 3)}
+    if [[ -z ${python:-} ]] && ! is_null "$program" && ! command -v "$program" >/dev/null; then
+        local other
+        other=$(command -v python || command -v python3) || other=$program
+        printf '%s: line 3 names %s, which is not here; using %s\n' "${0##*/}" "$program" "$other" >&2
+        program=$other
+    fi
+    printf '%s' "$program"
 }
 
 # path_value N: line N's value; the part of it that is line 11's folder follows the variable data.

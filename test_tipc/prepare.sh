@@ -11,6 +11,7 @@ set -u
 # shellcheck source-path=SCRIPTDIR source=common_func.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common_func.sh"
 start "$@"
+forget_logs
 
 # is_category FOLDER: train/good with a picture in it, and a test folder.
 is_category() {

@@ -19,10 +19,9 @@ from models.cpu import flow as cpu_flow
 from models.fastflow import FastFlow, Subnet, negative_log_likelihood
 from tests.test_onednn import both, gradients, make_flow, random, refuse, tensor  # noqa: F401  (a fixture)
 from utils import distributed, loss_scale, training
-from utils.averaging import WeightAverage
 from utils.checkpoint import load_checkpoint
 from utils.loss_scale import LossScale
-from utils.training import build_optimizer, mixed_precision, train_epoch, training_step
+from utils.training import Training, build_optimizer, mixed_precision, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -200,14 +199,16 @@ def test_skipped_steps_are_logged_and_leave_the_scale_at_1(small, monkeypatch):
         def batch(self, _):
             return features
 
-    model, optimizer, features = start(small)
-    config, scale, average, lines = dataclasses.replace(small, batch_size=1), LossScale(), WeightAverage(model, 0), []
+    model, _, features = start(small)
+    in_training, lines = Training(model, dataclasses.replace(small, batch_size=1)), []
+    in_training.scale = LossScale()
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "sum_over_processes", infinite)
-        train_epoch(model, optimizer, Features(), config, 1, average, scale, lines.append)
-    assert scale.state()["scale"] == 1
+        loss = in_training.epoch(Features(), lines.append)
+    assert in_training.scale.state()["scale"] == 1
     assert lines[-1].startswith("Epoch 1 - 20 of 20 steps skipped")
-    train_epoch(model, optimizer, Features(), config, 2, average, scale, lines.append)
+    in_training.record(loss, None, None, None, 1.0)
+    in_training.epoch(Features(), lines.append)
     assert "skipped" not in lines[-1]
 
 

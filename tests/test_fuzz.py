@@ -26,14 +26,13 @@ from deploy.service.app import Limits, create_app
 from models.fastflow import FastFlow
 from tests.serving import PREDICT, picture_file
 from tests.test_serve import served
-from utils.averaging import WeightAverage
-from utils.checkpoint import load_checkpoint, load_for_resume, load_model, published_state
+from utils.checkpoint import load_checkpoint, load_model
 from utils.config import load_config
 from utils.history import best_row
 from utils.loss_scale import LossScale
 from utils.results import describe_backbone
 from utils.thresholds import load_thresholds
-from utils.training import build_optimizer, training_step
+from utils.training import Training, training_step
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged metadata
 # The same examples every time: a test that fails by chance helps nobody.
@@ -100,30 +99,25 @@ def attempt(read, *arguments):
 
 @pytest.fixture(scope="module")
 def training(config, tmp_path_factory):
-    """A model after a step, what resuming needs of it, and its checkpoint."""
+    """A training after a step, and what its checkpoint holds."""
     config = dataclasses.replace(config, input_size=32, flow_step=1, ema_decay=0.9)
-    model = FastFlow(config)
-    optimizer = build_optimizer(model, config)
-    average = WeightAverage(model, config.ema_decay)
-    model.train()
+    training = Training(FastFlow(config), config)
+    training.scale = LossScale()
+    training.backbone = {"source": "downloaded", "file": "x", "sha256": "y"}
+    training.model.train()
     with paddle.utils.unique_name.guard():  # the optimizer's names count the optimizers of a process: other tests' too
-        training_step(model, optimizer, model.feature_extractor(paddle.rand([2, 3, 32, 32])))
-    row = {"epoch": 1, "loss": 1.0, "lr": 0.1, "image_auroc": 0.5, "pixel_auroc": 0.5, "selection": 0.5, "seconds": 1.0}
-    content = {
-        "epoch": 1,
-        "model_state_dict": published_state(model),
-        "optimizer_state_dict": {name: value.numpy() for name, value in optimizer.state_dict().items()},
-        "backbone": {"source": "downloaded", "file": "x", "sha256": "y"},
-        "config": config.as_dict(),
-        "history": [row | {"val_loss": None}],
-        "held_out": [],
-        "average": average.state(),
-        "loss_scale": LossScale().state(),
-    }
+        one_step(training)
+    training.record(1.0, 0.5, 0.5, None, 1.0)
+    content = training.content()
+    content["optimizer_state_dict"] = {name: v.numpy() for name, v in content["optimizer_state_dict"].items()}
     path = tmp_path_factory.mktemp("whole") / "last.pdparams"
     path.write_bytes(pickle.dumps(content, protocol=4))
-    load_for_resume(model, optimizer, average, LossScale(), config, [], path)  # whole, it is not refused
-    return model, optimizer, average, config, content
+    training.resume(path)  # whole, it is not refused
+    return training, content
+
+
+def one_step(training):
+    training_step(training.model, training.optimizer, training.model.feature_extractor(paddle.rand([2, 3, 32, 32])))
 
 
 SMALL = io.BytesIO()
@@ -140,18 +134,19 @@ def test_a_checkpoint_of_any_bytes(tmp_path, data):
 @settings(bounded, max_examples=60)
 @given(data=st.data())
 def test_a_checkpoint_of_any_content(tmp_path, training, data):
-    model, optimizer, average, config, content = training
+    training, content = training
     content = changed(data.draw, content, PICKLED)
     path = tmp_path / "last.pdparams"
     path.write_bytes(pickle.dumps(content, protocol=4))
-    checkpoint = attempt(load_for_resume, model, optimizer, average, LossScale(), config, [], path)
-    if checkpoint:  # what train.py does with it next
-        assert best_row(checkpoint["history"]).epoch == checkpoint["epoch"]
-        describe_backbone(checkpoint["backbone"])
-        training_step(model, optimizer, model.feature_extractor(paddle.rand([2, 3, 32, 32])))
-        average.update()
-        optimizer.state_dict()
-    loaded = attempt(load_model, config, path)
+    training.history = []
+    attempt(training.resume, path)
+    if training.history:  # what train.py does with it next
+        assert best_row(training.history).epoch == content["epoch"]
+        describe_backbone(training.backbone)
+        one_step(training)
+        training.average.update()
+        training.content()
+    loaded = attempt(load_model, training.config, path)
     if loaded:  # what eval.py and export_model.py write of it
         json.dumps(loaded[1].get("backbone"))
         yaml.safe_dump(loaded[1].get("backbone"))
@@ -161,24 +156,24 @@ def test_a_checkpoint_of_any_content(tmp_path, training, data):
 @pytest.mark.parametrize("part", ["optimizer_state_dict", "average"])
 def test_moments_and_averages_of_another_precision_are_refused(tmp_path, training, dtype, part):
     """Paddle would take them and fail at the first step."""
-    model, optimizer, average, config, content = training
+    training, content = training
     whole = content[part]["parameters"] if part == "average" else content[part]
     arrays = {name: np.asarray(value).astype(dtype) for name, value in whole.items()}
     content = {**content, part: {"steps": 1, "parameters": arrays} if part == "average" else arrays}
     path = tmp_path / "last.pdparams"
     path.write_bytes(pickle.dumps(content, protocol=4))
     with pytest.raises(UserError, match=r"last\.pdparams"):
-        load_for_resume(model, optimizer, average, LossScale(), config, [], path)
+        training.resume(path)
 
 
-def test_a_warning_names_training_settings_that_change(tmp_path, training, capsys):
-    model, optimizer, average, config, content = training
-    path = tmp_path / "last.pdparams"
+def test_a_warning_names_training_settings_that_change(tmp_path, training, capsys, monkeypatch):
+    training, content = training
+    config, path = training.config, tmp_path / "last.pdparams"
     path.write_bytes(pickle.dumps(content, protocol=4))
 
     def warning(**changes):
-        now = dataclasses.replace(config, **changes)
-        load_for_resume(model, optimizer, average, LossScale(), now, [], path)
+        monkeypatch.setattr(training, "config", dataclasses.replace(config, **changes))
+        training.resume(path)
         return capsys.readouterr().err
 
     assert warning(epochs=900, amp=True, patience=3, eval_interval=2, pretrained="offline") == ""

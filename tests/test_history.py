@@ -1,6 +1,8 @@
 """Which epoch is best, and what history.csv holds."""
 
 import csv
+import json
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,33 @@ def rows(*aurocs):
 )
 def test_selection_is_the_weighted_sum_of_what_was_measured(image, pixel, expected):
     assert selection_value(config(), image, pixel, 0.25) == expected
+
+
+def test_selection_sees_three_decimals():
+    assert selection_value(config(), 0.98149, 0.97951, None) == 0.5 * 0.981 + 0.5 * 0.98
+    assert selection_value(config(), 0.9525, None, None) == 0.952  # numpy rounds 952.5 to even
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "seed", "best", "last"),
+    [
+        ("benchmarks/accuracy.json", "resnet18_stable", 0, 23, 40),
+        ("benchmarks/accuracy.json", "resnet18_stable", 1, 40, 40),
+        ("benchmarks/accuracy.json", "resnet18_stable", 2, 22, 40),
+        ("benchmarks/accuracy_crops/accuracy.json", "resnet18", 0, 70, 100),
+        ("benchmarks/accuracy_crops/accuracy.json", "resnet18", 1, 50, 80),
+    ],
+)
+def test_best_and_last_epoch_of_measured_histories_are_those_of_the_published_loop(file, name, seed, best, last):
+    """The published scripts were run on these histories, with their patience of 30."""
+    runs = json.loads(Path(file).read_text())["runs"]
+    (run,) = (run for run in runs if (run["config"], run["seed"]) == (name, seed))
+    history = []
+    for row in rows(*((row["image_auroc"], row["pixel_auroc"]) for row in run["history"])):
+        history.append(row)
+        if finished(history, config(epochs=len(run["history"]))):
+            break
+    assert (best_row(history).epoch, len(history)) == (best, last)
 
 
 def test_selection_weights_are_used():

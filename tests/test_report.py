@@ -11,7 +11,7 @@ from PIL import Image
 from datasets.mvtec import GroundTruth
 from deploy.common.imaging import read_rgb
 from utils.evaluation import Scores, measure_all
-from utils.report import csv_table, draw_evaluation, markdown_table, means, print_table, save_maps, write_results
+from utils.report import csv_table, draw_evaluation, markdown_table, means, print_results, save_maps, write_results
 from utils.results import UNSTATED
 from utils.thresholds import PUBLISHED
 
@@ -37,19 +37,39 @@ def test_the_mean_leaves_out_what_was_not_measured():
 # ---- the printed table
 
 
-def test_the_published_columns_come_first_and_the_others_on_demand(capsys):
+def test_the_published_lines_come_last_and_the_other_figures_on_demand(capsys):
     rows = {"a longer name": row(), "b": row(aupro=None)}
-    print_table(rows, False)
-    title, first, second, mean, *foot = capsys.readouterr().out.splitlines()
-    assert title.split() == ["category", "pixel", "auroc", "image", "auroc"]
-    assert first.split()[-2:] == second.split()[-2:] == mean.split()[-2:] == ["0.333", "0.333"]
-    assert "selection: test_auroc (best checkpoint chosen on the test set)" in foot
-    print_table(rows, True)
-    title, first, second, mean, *_ = capsys.readouterr().out.splitlines()
+    print_results(rows, False)
+    *before, first, second, mean = capsys.readouterr().out.splitlines()
+    assert first == "a longer name    pixel auroc:0.333   image auroc:0.333"
+    assert second == "b                pixel auroc:0.333   image auroc:0.333"
+    assert mean == "all              pixel auroc:0.333   image auroc:0.333"
+    assert "selection: test_auroc (best checkpoint chosen on the test set)" in before
+    assert "epoch: a longer name 9, b 9" in before
+    print_results(rows, True)
+    *beginning, title, first, second, mean, _, _, _ = capsys.readouterr().out.splitlines()
+    assert beginning == before
     assert title.startswith("category       pixel auroc  image auroc  image ap")
     assert mean.split() == ["mean", "0.333", "0.333", "0.333", "0.333", "0.667", "0.667", "0.667"]
     assert second.split()[-1] == "n/a"
     assert len(title) == len(first) == len(second)
+
+
+def test_all_is_the_mean_of_what_is_printed(capsys):
+    """The mean of the whole figures would be 0.9987."""
+    aurocs = {"a": 0.9984, "b": 0.9984, "c": 0.9994}
+    print_results({name: row(image_auroc=value, pixel_auroc=None) for name, value in aurocs.items()}, False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "c                pixel auroc:n/a   image auroc:0.999",
+        "all              pixel auroc:n/a   image auroc:0.998",
+    ]
+
+
+def test_the_epoch_of_a_published_file_is_shown_as_what_it_is(capsys):
+    print_results({"a": row(epoch=20, epoch_in_file=19), "b": row(epoch=20, epoch_in_file=20)}, False)
+    epochs = "epoch: a 20 (19 in the published file, which counts from 0), b 20"
+    assert epochs in capsys.readouterr().out.splitlines()
 
 
 # ---- eval.json, eval.csv, eval.md

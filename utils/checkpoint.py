@@ -14,25 +14,15 @@ from typing import Any
 import numpy as np
 import paddle
 
-from deploy.common.cli import UserError, warn
+from deploy.common.cli import UserError
 from deploy.common.files import write_whole
 from models.fastflow import FastFlow, FlowStep
-from utils import distributed
-from utils.averaging import WeightAverage
 from utils.config import Config, check_known
 from utils.history import EpochRow
-from utils.loss_scale import LossScale
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
 from utils.weights import set_state
 
-# Settings that a training cannot change half-way.
-RESUME_KEYS = ("selection", "holdout", "ema_decay")
-# Settings that it may change, but then it is another one.
-TRAINING_KEYS = (
-    *("batch_size", "clip_norm", "feature_noise", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
-    *("mask_rule", "selection_weights"),  # of what chooses the best epoch
-)
 # Settings that decide what the parameters mean.
 MODEL_KEYS = ("backbone_name", "input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
 
@@ -78,65 +68,6 @@ def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: s
         step.permutation.set_value(permutation.astype(np.int64))
 
 
-def load_for_resume(
-    model: FastFlow,
-    optimizer: paddle.optimizer.Optimizer,
-    average: WeightAverage,
-    scale: LossScale | None,
-    config: Config,
-    held_out: list[str],
-    path: Path,
-) -> dict[str, Any]:
-    """Fill model, optimizer, average and loss scale from a checkpoint that train.py wrote; return it.
-
-    `held_out` are the names of the pictures that are kept from this training. A training in another precision has
-    stored no loss scale; a new one is found within a few steps. A warning names the settings that the config changes
-    and that later epochs depend on.
-
-    Raises:
-        UserError: no such file, damaged, not written by train.py, or trained under settings that the config changes.
-    """
-    checkpoint = load_checkpoint(path)
-    _fill(model, config, checkpoint, path)
-    trained = checkpoint.get("config", {})
-    for key in RESUME_KEYS:
-        if key in trained and trained[key] != getattr(config, key):
-            raise UserError(
-                f"{path}: was trained with {key} {trained[key]}, the config says {getattr(config, key)}; --resume goes "
-                f"on only with -o {key}={trained[key]}"
-            )
-    if checkpoint.get("held_out", []) != held_out:
-        raise UserError(
-            f"{path}: other pictures are held out now than when it was trained (seed or the folder's content has "
-            "changed), so --resume would learn from them; train again without it"
-        )
-    if config.ema_decay:
-        average.resume(checkpoint.get("average"), str(path))
-    if scale and "loss_scale" in checkpoint:
-        scale.resume(checkpoint["loss_scale"], str(path))
-    checkpoint["history"] = history_of(checkpoint, path)
-    try:
-        if not checkpoint.get("backbone"):
-            raise ValueError("it does not say where the backbone's weights are from")
-        optimizer.set_state_dict(_optimizer_state(model, checkpoint["optimizer_state_dict"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _not_ours(path, error) from error
-    _warn_of_changes(trained, config, path)
-    return checkpoint
-
-
-def _warn_of_changes(trained: dict[str, Any], config: Config, path: Path) -> None:
-    """Name the settings that a resumed training depends on and that are not those of the checkpoint's config."""
-    now = config.as_dict()
-    cosine = "cosine" in (trained.get("lr_schedule"), config.lr_schedule)  # it ends with the last epoch
-    keys = (*TRAINING_KEYS, "epochs") if cosine else TRAINING_KEYS
-    changed = [f"{key} {trained[key]} is now {now[key]}" for key in keys if key in trained and trained[key] != now[key]]
-    if changed and distributed.is_first():
-        warn(
-            f"{path}: --resume goes on with other settings ({', '.join(changed)}), so not to the losses of one training"
-        )
-
-
 def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
     """The epochs up to a checkpoint that train.py wrote to `path`.
 
@@ -146,10 +77,11 @@ def history_of(checkpoint: dict[str, Any], path: Path) -> list[EpochRow]:
     try:
         return _history(checkpoint)
     except (KeyError, TypeError, ValueError) as error:
-        raise _not_ours(path, error) from error
+        raise not_ours(path, error) from error
 
 
-def _not_ours(path: Path, error: Exception) -> UserError:
+def not_ours(path: Path, error: Exception) -> UserError:
+    """The error of a checkpoint that lacks what train.py writes."""
     return UserError(f"{path}: not written by this train.py; --resume cannot go on from it ({error})")
 
 
@@ -164,20 +96,6 @@ def _history(checkpoint: dict[str, Any]) -> list[EpochRow]:
         if type(row.epoch) is not int or row.epoch != number or not all(type(value) is float for value in values):
             raise ValueError(f"its history is damaged at epoch {number}")
     return rows
-
-
-def _optimizer_state(model: FastFlow, state: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Adam's moments, or a ValueError if one is missing or unfit: Paddle would start anew or fail at the first step."""
-    moments = {}
-    for parameter in (parameter for parameter in model.parameters() if not parameter.stop_gradient):
-        shapes = {"moment1": parameter.shape, "moment2": parameter.shape, "beta1_pow_acc": [1], "beta2_pow_acc": [1]}
-        for kind, shape in shapes.items():
-            name = f"{parameter.name}_{kind}_0"
-            value = state.get(name)
-            if not isinstance(value, np.ndarray) or value.dtype != np.float32 or list(value.shape) != list(shape):
-                raise ValueError(f"its optimizer has no {kind} of {parameter.name}")
-            moments[name] = value
-    return moments
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -222,6 +140,28 @@ def _is_provenance(value: Any) -> bool:
     return isinstance(value["source"], str) and kinds == ({type(None)} if value["source"] == OFFLINE else {str})
 
 
+def epoch_of(checkpoint: dict[str, Any]) -> int:
+    """The epoch that a checkpoint was written after, counted from 1; published files, without history, count from 0."""
+    return int(checkpoint["epoch"]) + ("history" not in checkpoint)
+
+
+def selection_of(checkpoint: dict[str, Any], is_last: bool) -> str:
+    """How a checkpoint was chosen among the epochs, a key of `utils.results.SELECTIONS`.
+
+    Args:
+        checkpoint: what `load_checkpoint` returns.
+        is_last: whether it is `last.pdparams`.
+    """
+    trained = checkpoint.get("config", {})
+    selection = trained.get("selection", "test_auroc")  # the rule of published files
+    if trained.get("eval_interval") == -1:  # nothing was measured that could choose
+        return "last"
+    if not is_last:
+        return selection
+    all_epochs = checkpoint["epoch"] == trained.get("epochs", checkpoint["epoch"])
+    return "last" if selection == "last" or all_epochs else "last_by_patience"
+
+
 def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
     """The model of a checkpoint, backbone included, in eval mode; and the checkpoint.
 
@@ -230,7 +170,7 @@ def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     model = FastFlow(config)
-    _fill(model, config, checkpoint, path)
+    fill_model(model, config, checkpoint, path)
     for name, value in model.state_dict().items():
         if not paddle.isfinite(value).all().item():
             raise UserError(f"{path}: {name} holds numbers that are not finite; train again")
@@ -238,8 +178,12 @@ def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
     return model, checkpoint
 
 
-def _fill(model: FastFlow, config: Config, checkpoint: dict[str, Any], path: Path) -> None:
-    """Fill the model, unless the checkpoint says that it was trained under other settings of the model."""
+def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path: Path) -> None:
+    """Fill the model from what `load_checkpoint` has read of `path`.
+
+    Raises:
+        UserError: it is of another architecture, or was trained under settings of the model that the config changes.
+    """
     trained = {**config.as_dict(), **checkpoint.get("config", {})}  # published files do not say
     changed = [key for key in MODEL_KEYS if _meaning(key, trained[key]) != _meaning(key, getattr(config, key))]
     advice = "".join(

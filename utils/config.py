@@ -37,6 +37,7 @@ class Config:
     scales: list[int] | None = None
     pretrained: Literal["imagenet", "offline"] = "imagenet"
     mask_rule: Literal["published", "half"] = "published"
+    threshold_rule: Literal["published", "f1", "quantile"] = "published"
     seed: int = 0
     epochs: int = 500
     batch_size: int = 32
@@ -52,7 +53,7 @@ class Config:
     patience: int = 30
     selection_weights: SelectionWeights = dataclasses.field(default_factory=SelectionWeights)
     amp: bool = False
-    log_interval: int = 10
+    log_interval: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,7 +73,7 @@ LOWEST = {
     "flow_step": 1,
     "epochs": 1,
     "batch_size": 1,
-    "eval_interval": 1,
+    "eval_interval": -1,
     "patience": 1,
     "log_interval": 1,
     "seed": 0,
@@ -128,6 +129,8 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         raise UserError(f"{source}: selection_weights: image and pixel must not both be 0")
     if config.selection == "val_likelihood" and not config.holdout:
         raise UserError(f"{source}: selection val_likelihood needs pictures to measure it on; set holdout, e.g. to 0.1")
+    if config.eval_interval == 0:
+        raise UserError(f"{source}: eval_interval must be at least 1, or -1 for never, not 0")
     if not 0 <= config.momentum <= 1:
         raise UserError(f"{source}: momentum must be between 0 and 1, not {config.momentum}")
     return config

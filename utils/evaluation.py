@@ -1,6 +1,8 @@
 """Scores of a test set and the figures made of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -9,8 +11,9 @@ from paddle import Tensor
 from datasets.mvtec import GroundTruth
 from deploy.common.cli import UserError
 from models.fastflow import FastFlow, negative_log_likelihood
-from utils.features import FeatureCache
+from utils.features import CacheBudget, FeatureCache
 from utils.metrics import aupro, auroc, average_precision, f1_max
+from utils.training import Training
 
 EVALUATION_BATCH = 8  # pictures a pass; the result does not depend on it
 
@@ -88,6 +91,42 @@ def mean_loss(model: FastFlow, features: FeatureCache) -> float:
         indices = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
         total += negative_log_likelihood(model.latents(features.batch(indices))) * len(indices)
     return total.item() / len(features)
+
+
+class Evaluation:
+    """What is measured after an epoch, on pictures whose features are kept from one epoch to the next."""
+
+    def __init__(
+        self,
+        training: Training,
+        test: Sequence[Path],
+        truth: GroundTruth,
+        held_out: Sequence[Path],
+        budget: CacheBudget,
+    ) -> None:
+        """
+        Args:
+            training: whose model is measured, with the averaged weights where it has them.
+            test: the test pictures, none perhaps.
+            truth: of the test pictures.
+            held_out: good pictures that the training does not see, none perhaps.
+            budget: for the features.
+        """
+        self._training, self._truth = training, truth
+        extractor, size = training.model.feature_extractor, training.config.size
+        self._test = FeatureCache(extractor, test, size, budget, "test pictures")
+        self._held_out = FeatureCache(extractor, held_out, size, budget, "held-out pictures")
+
+    @property
+    def place(self) -> str:
+        """Where the features of the test pictures are kept."""
+        return self._test.place
+
+    def __call__(self) -> tuple[float | None, float | None, float | None]:
+        """Image and pixel AUROC on the test pictures and the loss on the held-out ones, of those there are."""
+        with self._training.average.applied():
+            val_loss = mean_loss(self._training.model, self._held_out) if len(self._held_out) else None
+            return *measure_while_training(self._training.model, self._test, self._truth), val_loss
 
 
 def measure(scores: Scores, truth: GroundTruth) -> tuple[float | None, float | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.common.files import write_text
 from utils.config import Config
 from utils.plots import blank_figure, write_figure
-from utils.results import figure
+from utils.results import figure, rounded
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def selection_value(config: Config, image: float | None, pixel: float | None, va
     """What the config's selection rule makes as large as possible.
 
     Returns:
-        test_auroc: the weighted sum of the AUROCs; the one there is, if the other could not be measured.
+        test_auroc: the weighted sum of the AUROCs to three decimals, as published; the one there is, if the other could
+            not be measured.
         val_likelihood: the log-likelihood per dimension of the held-out pictures, without the loss's constant.
         last: None, so that the last epoch stands in and nothing is waited for.
     """
@@ -38,7 +39,7 @@ def selection_value(config: Config, image: float | None, pixel: float | None, va
         return None
     if config.selection == "val_likelihood":
         return None if val_loss is None else -val_loss
-    weights = config.selection_weights
+    weights, image, pixel = config.selection_weights, rounded(image), rounded(pixel)
     if image is None or pixel is None:
         return pixel if image is None else image
     return weights.image * image + weights.pixel * pixel
@@ -47,16 +48,14 @@ def selection_value(config: Config, image: float | None, pixel: float | None, va
 def best_row(history: Sequence[EpochRow]) -> EpochRow | None:
     """The published rule: the highest selection value; on a tie the later epoch, unless its pixel AUROC is lower.
 
-    Without any measured epoch the last one stands in.
+    That AUROC too is compared to three decimals. Without any measured epoch the last one stands in.
     """
-    best = None
-    for row in history:
-        if row.selection is None:
-            continue
-        tie_lost = best and row.selection == best.selection and (row.pixel_auroc or 0) < (best.pixel_auroc or 0)
-        if best is None or (row.selection >= best.selection and not tie_lost):
-            best = row
-    return best or (history[-1] if history else None)
+
+    def rank(row: EpochRow) -> tuple[float, float, int]:
+        return row.selection, rounded(row.pixel_auroc) or 0.0, row.epoch
+
+    measured = [row for row in history if row.selection is not None]
+    return max(measured, key=rank) if measured else (history[-1] if history else None)
 
 
 def waited_for(history: Sequence[EpochRow]) -> int:
@@ -64,6 +63,11 @@ def waited_for(history: Sequence[EpochRow]) -> int:
     if not history or history[-1].selection is None:
         return 0
     return history[-1].epoch - best_row(history).epoch
+
+
+def is_evaluated(epoch: int, config: Config) -> bool:
+    """Whether the test pictures and those held out are scored after this epoch, counted from 1."""
+    return config.eval_interval > 0 and (epoch % config.eval_interval == 0 or epoch == config.epochs)
 
 
 def finished(history: Sequence[EpochRow], config: Config) -> bool:

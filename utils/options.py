@@ -4,12 +4,12 @@ import argparse
 import sys
 
 from deploy.common import runtime
-from deploy.common.cli import ArgumentParser, non_negative_float
+from deploy.common.cli import ArgumentParser, boolean, non_negative_float, warn
 from utils.config import Config, load_config
 
 
-def common_parser(description: str) -> ArgumentParser:
-    """A parser with the options that every script takes."""
+def experiment_parser(description: str) -> ArgumentParser:
+    """A parser with the options that name an experiment and its configuration."""
     parser = ArgumentParser(description=description)
     parser.add_argument("-cfg", "--config", default="./configs/resnet18.yaml", help="YAML config (%(default)s)")
     parser.add_argument(
@@ -21,6 +21,12 @@ def common_parser(description: str) -> ArgumentParser:
         help="override a key of the config, e.g. -o lr=0.0005 -o selection_weights.image=1; repeatable",
     )
     parser.add_argument("--exp_dir", default="exp", help="folder under results/ (%(default)s)")
+    return parser
+
+
+def common_parser(description: str) -> ArgumentParser:
+    """A parser with the options that every script takes which uses one model."""
+    parser = experiment_parser(description)
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
     return parser
@@ -28,7 +34,7 @@ def common_parser(description: str) -> ArgumentParser:
 
 def add_category(parser: ArgumentParser, help_text: str) -> None:
     """Add -cat/--category."""
-    parser.add_argument("-cat", "--category", required=True, help=help_text)
+    parser.add_argument("-cat", "--category", default="bottle", help=f"{help_text} (%(default)s)")
 
 
 def add_data(parser: ArgumentParser) -> None:
@@ -52,6 +58,11 @@ def add_cache(parser: ArgumentParser) -> None:
         )
 
 
+def add_cuda(parser: ArgumentParser) -> None:
+    """Add --cuda, the published way to name the device."""
+    parser.add_argument("--cuda", type=boolean, help="True: a GPU if there is one, False: the CPU; --device says more")
+
+
 def start(args: argparse.Namespace, **options: object) -> Config:
     """Read the config, set up the runtime, import paddle and choose the device.
 
@@ -59,7 +70,10 @@ def start(args: argparse.Namespace, **options: object) -> Config:
     """
     config = load_config(args.config, args.override, **options)
     runtime.setup(args.verbose)
-    device = runtime.select_device(args.device)
+    cuda = getattr(args, "cuda", None)
+    device = runtime.select_device("cpu" if cuda is False and args.device == "auto" else args.device)
+    if cuda and device == "cpu":
+        warn("--cuda True: Paddle sees no GPU here; running on the CPU")
     if args.verbose:
         print(f"device: {device}", file=sys.stderr)
         if device == "cpu":

@@ -15,7 +15,7 @@ from deploy.common.files import write_text, write_whole
 from deploy.common.imaging import draw_result, read_rgb, write_picture
 from utils.metrics import roc_curve
 from utils.plots import blank_figure, write_figure
-from utils.results import describe_backbone, describe_selection, figure
+from utils.results import describe_backbone, describe_selection, figure, published_line, rounded
 from utils.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -47,27 +47,33 @@ def means(rows: Mapping[str, Row]) -> dict[str, float | None]:
     mean = {}
     for key in TITLES:
         measured = [row[key] for row in rows.values() if row.get(key) is not None]
-        mean[key] = sum(measured) / len(measured) if measured else None
+        mean[key] = float(np.mean(measured)) if measured else None
     return mean
 
 
-def print_table(rows: Mapping[str, Row], all_metrics: bool) -> None:
-    """The published table, pixel and image AUROC per category, then the mean; with `all_metrics` all figures."""
-    titles = TITLES if all_metrics else {key: TITLES[key] for key in ("pixel_auroc", "image_auroc")}
-    width = max(len(name) for name in [*rows, "category"])
-    print("  ".join([f"{'category':<{width}}", *titles.values()]))
-    for name, row in [*rows.items(), ("mean", means(rows))]:
-        cells = [f"{figure(row.get(key)):>{len(title)}}" for key, title in titles.items()]
-        print("  ".join([f"{name:<{width}}", *cells]))
+def print_results(rows: Mapping[str, Row], all_metrics: bool) -> None:
+    """What the figures were measured with; a table of all of them if asked for; last the published lines.
+
+    These are pixel and image AUROC of each category and of `all`, the mean of the rounded figures.
+    """
     for line in provenance(rows):
         print(line)
+    if all_metrics:
+        width = max(len(name) for name in [*rows, "category"])
+        print("  ".join([f"{'category':<{width}}", *TITLES.values()]))
+        for name, row in [*rows.items(), ("mean", means(rows))]:
+            cells = [f"{figure(row.get(key)):>{len(title)}}" for key, title in TITLES.items()]
+            print("  ".join([f"{name:<{width}}", *cells]))
+    mean = means({name: {key: rounded(row.get(key)) for key in TITLES} for name, row in rows.items()})
+    for name, row in {**rows, "all": mean}.items():
+        print(published_line(name, row["pixel_auroc"], row["image_auroc"]))
 
 
 def provenance(rows: Mapping[str, Row]) -> list[str]:
     """The foot of a table: what its figures were measured with and on; a line for each difference."""
     known = {name: row for name, row in rows.items() if {"checkpoint", "backbone"} <= row.keys()}
     pictures = [sum(row.get(key) or 0 for row in known.values()) for key in ("images", "anomalous_images")]
-    epochs = ", ".join(f"{name} {row.get('epoch')}" for name, row in known.items())
+    epochs = ", ".join(f"{name} {describe_epoch(row)}" for name, row in known.items())
     return [
         *_alike("backbone weights", known, lambda row: describe_backbone(row["backbone"])),
         *_alike("selection", known, lambda row: describe_selection(row.get("selection"))),
@@ -75,6 +81,12 @@ def provenance(rows: Mapping[str, Row]) -> list[str]:
         f"epoch: {epochs}",
         f"test pictures: {pictures[0]}, {pictures[1]} of them with a defect",
     ]
+
+
+def describe_epoch(row: Row) -> str:
+    """The epoch of a category's checkpoint, counted from 1, and what a published file says, which counts from 0."""
+    epoch, in_file = row.get("epoch"), row.get("epoch_in_file")
+    return f"{epoch}" if in_file in (None, epoch) else f"{epoch} ({in_file} in the published file, which counts from 0)"
 
 
 def _alike(title: str, rows: Mapping[str, Row], describe: Callable[[Row], str]) -> list[str]:

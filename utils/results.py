@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deploy.common.cli import UserError, printable
 
 RESULTS = Path("results")
@@ -38,9 +40,24 @@ def category_folder(exp_dir: str, category: str) -> Path:
     return experiment_folder(exp_dir) / category
 
 
-def figure(value: float | None) -> str:
-    """An AUROC with the published three decimals, `n/a` where it could not be measured."""
-    return "n/a" if value is None else f"{value:.3f}"
+def rounded(value: float | None) -> float | None:
+    """An AUROC as the published scripts see it, to three decimals by numpy's rule; None where it was not measured."""
+    return None if value is None else float(np.round(value, 3))
+
+
+def figure(value: float | None, decimals: int = 3) -> str:
+    """An AUROC as text, `n/a` where it was not measured; of the published three decimals, others are 0."""
+    return "n/a" if value is None else f"{rounded(value):.{decimals}f}"
+
+
+def published_line(name: str, pixel: float | None, image: float | None, gap: int = 3, decimals: int = 3) -> str:
+    """A category's line as the published scripts print it: eval.py has 3 blanks between the AUROCs, train.py 4."""
+    return f"{name:15}  pixel auroc:{figure(pixel, decimals)}{' ' * gap}image auroc:{figure(image, decimals)}"
+
+
+def evaluation_line(image: float | None, pixel: float | None) -> str:
+    """The AUROCs of one evaluation as the published scripts print them."""
+    return f"EVAL:  image-auc : {figure(image, 6)} pixel-auc:{figure(pixel, 6)}"
 
 
 def describe_backbone(provenance: dict[str, Any]) -> str:

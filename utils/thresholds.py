@@ -1,8 +1,9 @@
 """Calibrated thresholds: where they come from, and `thresholds.yaml` beside the checkpoint that they belong to.
 
 A picture is an anomaly if its score is above the image threshold, a pixel is marked if the smoothed map is above the
-pixel threshold. Two rules:
+pixel threshold. Three rules:
 
+published: both are 0.8, whatever the scores are; nothing is calibrated.
 f1: the thresholds of the highest F1 on the test set, that of pictures half-way between the scores on both sides of it.
     Needs good and defect pictures there; where the defects have no masks the pixel threshold stays the published one.
 quantile: from good pictures that training did not use (split conformal prediction, e.g. Lei et al. 2018,
@@ -33,10 +34,11 @@ from utils.metrics import f1_score
 if TYPE_CHECKING:
     from utils.evaluation import Scores  # imports paddle, which scripts must set up before
 
-RULES = ("f1", "quantile")
+CALIBRATED = ("f1", "quantile")
 FALSE_ALARM_RATE = 0.05  # of the rule quantile, where none is asked for
 FILE_NAME = "thresholds.yaml"
 PUBLISHED_RULE = "published"
+RULES = (PUBLISHED_RULE, *CALIBRATED)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def calibrate_f1(
     image, pixel = figures["image_f1_threshold"], figures["pixel_f1_threshold"]
     if image is None:
         warn(
-            f"{folder}: no thresholds were calibrated; --threshold_rule f1 needs good and defect pictures there "
+            f"{folder}: no thresholds were calibrated; the threshold rule f1 needs good and defect pictures there "
             "(--threshold_rule quantile needs good training pictures only)"
         )
         return None
@@ -133,8 +135,8 @@ def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: P
     names = checkpoint.get("held_out", [])
     if not names:
         raise UserError(
-            f"{path}: --threshold_rule quantile needs good pictures that training did not use, and this training held "
-            "none out; train with -cfg configs/resnet18_stable.yaml or -o holdout=0.1"
+            f"{path}: the threshold rule quantile needs good pictures that training did not use, and this one held "
+            "none out; train with -cfg configs/resnet18_stable.yaml or -o holdout=0.1, or take another rule"
         )
     present = {picture.name: picture for picture in category.train}
     missing = [name for name in names if name not in present]
@@ -201,18 +203,26 @@ def load_thresholds(checkpoint: Path) -> Thresholds | None:
         thresholds = Thresholds(
             _threshold(values["image_threshold"]),
             _threshold(values["pixel_threshold"]),
-            _one_of(RULES, values["rule"]),
-            _one_of((*RULES, PUBLISHED_RULE), values["pixel_rule"]),
+            _one_of(CALIBRATED, values["rule"]),
+            _one_of(RULES, values["pixel_rule"]),
         )
         sha256 = values["sha256"]
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); run eval.py again, or delete it") from error
+        raise UserError(f"{path}: damaged ({error}); delete it, or run eval.py with --threshold_rule") from error
     if sha256 != _sha256(checkpoint):
-        warn(f"{path}: these thresholds belong to another checkpoint than {checkpoint.name}; run eval.py again")
+        warn(
+            f"{path}: these thresholds belong to another checkpoint than {checkpoint.name} and are not used; "
+            f"run eval.py with --threshold_rule {thresholds.rule}, or delete the file"
+        )
         return None
     return thresholds
+
+
+def withdraw_thresholds(checkpoint: Path) -> None:
+    """Remove the thresholds stored beside a checkpoint, if there are any; the published ones hold then."""
+    (checkpoint.parent / FILE_NAME).unlink(missing_ok=True)
 
 
 def _threshold(value: Any) -> float:

@@ -2,22 +2,34 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
-from deploy.common.cli import UserError
+from deploy.common.cli import UserError, warn
 from models.cpu import convolutions
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils import distributed
 from utils.averaging import WeightAverage
+from utils.checkpoint import fill_model, history_of, load_checkpoint, not_ours, published_state
 from utils.config import Config
 from utils.features import FeatureCache
+from utils.history import EpochRow, selection_value
 from utils.log import IterationTimes
 from utils.loss_scale import LossScale
 
 WARM_UP = 0.025  # of all steps: one epoch of 40
+# Settings that a training cannot change half-way.
+RESUME_KEYS = ("selection", "holdout", "ema_decay")
+# Settings that it may change, but then it is another one.
+TRAINING_KEYS = (
+    *("batch_size", "clip_norm", "feature_noise", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
+    *("mask_rule", "selection_weights"),  # of what chooses the best epoch
+)
 
 
 def build_optimizer(model: FastFlow, config: Config) -> paddle.optimizer.Adam:
@@ -120,64 +132,163 @@ def training_step(
     return total
 
 
-def train_epoch(
-    model: FastFlow,
-    optimizer: paddle.optimizer.Optimizer,
-    features: FeatureCache,
-    config: Config,
-    epoch: int,
-    average: WeightAverage,
-    scale: LossScale | None,
-    log: Callable[[str], None],
-) -> float:
-    """One pass over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
+class Training:
+    """A model in training, with all that goes on from one epoch to the next and into a checkpoint."""
 
-    Args:
-        epoch: from 1.
-        average: takes in the parameters after each step.
-        scale: of the loss, for a model that trains in float16.
-        log: takes the published log line, every `config.log_interval` iterations and at the last one, and at the end a
-            line about steps that were left out, if any were.
+    def __init__(self, model: FastFlow, config: Config, held_out: Sequence[str] = ()) -> None:
+        """
+        Args:
+            model: changed in place.
+            config: of the model and of the training.
+            held_out: names of the good pictures that are kept from this training.
+        """
+        self.model, self.config, self.held_out = model, config, list(held_out)
+        self.history: list[EpochRow] = []
+        self.backbone: dict[str, Any] = {}  # where its weights are from
+        dtype, self.precision = mixed_precision() if config.amp else ("float32", "float32")
+        model.train_in(dtype)
+        self.optimizer = build_optimizer(model, config)
+        self.average = WeightAverage(model, config.ema_decay)
+        self.scale = LossScale() if dtype == "float16" else None
 
-    Returns:
-        the mean loss over the pictures.
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint that train.py wrote.
 
-    Raises:
-        UserError: the loss or a parameter is no longer a finite number.
-    """
-    model.train()
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(features))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    total = paddle.zeros([])  # stays on the device: reading it at every step would make a GPU wait
-    times = IterationTimes()
-    skipped_before = scale.skipped if scale else 0
-    for iteration, indices in enumerate(batches, start=1):
-        rows, weight = distributed.share(np.arange(len(indices)))
-        batch = features.batch(indices[rows])
-        noise: list[Tensor] = []
-        if config.feature_noise:
-            drawn = draw_noise(batch, rows, len(indices), [config.seed, epoch, iteration])
-            noise = [config.feature_noise * n for n in drawn]
-        times.batch_read()
-        optimizer.set_lr(learning_rate(config, (epoch - 1 + (iteration - 0.5) / len(batches)) / config.epochs))
-        loss = training_step(model, optimizer, batch, weight, scale, noise)
-        average.update()
-        total += loss * len(indices)
-        times.step_done(len(indices))
-        if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):
-            seen = min(iteration * config.batch_size, len(order))
-            log(
-                f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - "
-                f"loss = {_finite(loss, epoch):.3f}/{_finite(total / seen, epoch):.3f} (last/avg) - {times.summary()}"
+        A training in another precision has stored no loss scale; a new one is found within a few steps. A warning
+        names the settings that the config changes and that later epochs depend on.
+
+        Raises:
+            UserError: no such file, damaged, not written by train.py, or trained under settings that the config
+                changes.
+        """
+        checkpoint = load_checkpoint(path)
+        fill_model(self.model, self.config, checkpoint, path)
+        trained = checkpoint.get("config", {})
+        for key in RESUME_KEYS:
+            if key in trained and trained[key] != getattr(self.config, key):
+                raise UserError(
+                    f"{path}: was trained with {key} {trained[key]}, the config says {getattr(self.config, key)}; "
+                    f"--resume goes on only with -o {key}={trained[key]}"
+                )
+        if checkpoint.get("held_out", []) != self.held_out:
+            raise UserError(
+                f"{path}: other pictures are held out now than when it was trained (seed or the folder's content has "
+                "changed), so --resume would learn from them; train again without it"
             )
-    if scale and scale.skipped > skipped_before:
-        log(
-            f"Epoch {epoch} - {scale.skipped - skipped_before} of {len(batches)} steps skipped, "
-            f"for their float16 gradients were not finite; the loss scale is {scale.state()['scale']:g} now"
+        if self.config.ema_decay:
+            self.average.resume(checkpoint.get("average"), str(path))
+        if self.scale and "loss_scale" in checkpoint:
+            self.scale.resume(checkpoint["loss_scale"], str(path))
+        self.history = history_of(checkpoint, path)
+        try:
+            self.backbone = checkpoint.get("backbone")
+            if not self.backbone:
+                raise ValueError("it does not say where the backbone's weights are from")
+            self.optimizer.set_state_dict(_optimizer_state(self.model, checkpoint["optimizer_state_dict"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise not_ours(path, error) from error
+        _warn_of_changes(trained, self.config, path)
+
+    def epoch(self, features: FeatureCache, log: Callable[[str], None]) -> float:
+        """Go once over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
+
+        Args:
+            features: of the training pictures.
+            log: takes the published log line, every `config.log_interval` iterations and at the first and the last
+                one, and at the end a line about steps that were left out, if any were.
+
+        Returns:
+            the mean of the iterations' losses, as published: a smaller last batch counts like the others.
+
+        Raises:
+            UserError: the loss or a parameter is no longer a finite number.
+        """
+        config, optimizer, epoch = self.config, self.optimizer, len(self.history) + 1
+        self.model.train()
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(features))
+        batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+        total = paddle.zeros([])  # stays on the device: reading it at every step would make a GPU wait
+        times = IterationTimes()
+        skipped_before = self.scale.skipped if self.scale else 0
+        for iteration, indices in enumerate(batches, start=1):
+            rows, weight = distributed.share(np.arange(len(indices)))
+            batch = features.batch(indices[rows])
+            noise: list[Tensor] = []
+            if config.feature_noise:
+                drawn = draw_noise(batch, rows, len(indices), [config.seed, epoch, iteration])
+                noise = [config.feature_noise * n for n in drawn]
+            times.batch_read()
+            optimizer.set_lr(learning_rate(config, (epoch - 1 + (iteration - 0.5) / len(batches)) / config.epochs))
+            loss = training_step(self.model, optimizer, batch, weight, self.scale, noise)
+            self.average.update()
+            total += loss
+            times.step_done(len(indices))
+            if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):
+                log(
+                    f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - loss = "
+                    f"{_finite(loss, epoch):.3f}/{_finite(total / iteration, epoch):.3f} (last/avg) - {times.summary()}"
+                )
+        if self.scale and self.scale.skipped > skipped_before:
+            log(
+                f"Epoch {epoch} - {self.scale.skipped - skipped_before} of {len(batches)} steps skipped, "
+                f"for their float16 gradients were not finite; the loss scale is {self.scale.state()['scale']:g} now"
+            )
+        # Squares: of larger parameters the flows make infinities, which a ReLU may turn into scores that look fine.
+        trained = [p for p in self.model.parameters() if not p.stop_gradient]
+        _finite(paddle.stack([p.square().max() for p in trained]).max(), epoch)
+        return total.item() / len(batches)
+
+    def record(
+        self, loss: float, image: float | None, pixel: float | None, val_loss: float | None, seconds: float
+    ) -> None:
+        """Note an epoch: its mean loss, AUROCs and held-out loss where they were measured, and how long it took."""
+        selection = selection_value(self.config, image, pixel, val_loss)
+        lr = self.optimizer.get_lr()
+        self.history.append(EpochRow(len(self.history) + 1, loss, lr, image, pixel, selection, seconds, val_loss))
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds after the epoch that was noted last."""
+        with self.average.applied():
+            content = {
+                "epoch": len(self.history),
+                "model_state_dict": published_state(self.model),
+                "optimizer_state_dict": self.optimizer.state_dict(),
+                "backbone": self.backbone,
+                "config": self.config.as_dict(),
+                "history": [asdict(row) for row in self.history],
+                "held_out": self.held_out,
+            }
+            if self.config.ema_decay:
+                content["average"] = self.average.state()
+        if self.scale:
+            content["loss_scale"] = self.scale.state()
+        return content
+
+
+def _warn_of_changes(trained: dict[str, Any], config: Config, path: Path) -> None:
+    """Name the settings that a resumed training depends on and that are not those of the checkpoint's config."""
+    now = config.as_dict()
+    cosine = "cosine" in (trained.get("lr_schedule"), config.lr_schedule)  # it ends with the last epoch
+    keys = (*TRAINING_KEYS, "epochs") if cosine else TRAINING_KEYS
+    changed = [f"{key} {trained[key]} is now {now[key]}" for key in keys if key in trained and trained[key] != now[key]]
+    if changed and distributed.is_first():
+        warn(
+            f"{path}: --resume goes on with other settings ({', '.join(changed)}), so not to the losses of one training"
         )
-    # Squares: of larger parameters the flows make infinities, which a ReLU may turn into scores that look fine.
-    _finite(paddle.stack([p.square().max() for p in model.parameters() if not p.stop_gradient]).max(), epoch)
-    return total.item() / len(order)
+
+
+def _optimizer_state(model: FastFlow, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Adam's moments, or a ValueError if one is missing or unfit: Paddle would start anew or fail at the first step."""
+    moments = {}
+    for parameter in (parameter for parameter in model.parameters() if not parameter.stop_gradient):
+        shapes = {"moment1": parameter.shape, "moment2": parameter.shape, "beta1_pow_acc": [1], "beta2_pow_acc": [1]}
+        for kind, shape in shapes.items():
+            name = f"{parameter.name}_{kind}_0"
+            value = state.get(name)
+            if not isinstance(value, np.ndarray) or value.dtype != np.float32 or list(value.shape) != list(shape):
+                raise ValueError(f"its optimizer has no {kind} of {parameter.name}")
+            moments[name] = value
+    return moments
 
 
 def _finite(value: Tensor, epoch: int) -> float:

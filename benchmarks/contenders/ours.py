@@ -12,11 +12,10 @@ from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
 from models.cpu import convolutions
 from models.fastflow import negative_log_likelihood
-from utils.averaging import WeightAverage
 from utils.checkpoint import published_state, save_checkpoint
 from utils.evaluation import EVALUATION_BATCH, Scores, measure, score_images
 from utils.features import CacheBudget, FeatureCache
-from utils.training import build_optimizer, train_epoch
+from utils.training import Training, build_optimizer
 
 
 class Ours:
@@ -82,19 +81,19 @@ class Ours:
 
     def epoch(self, data: str, category: str, train: int, test: int, batch: int) -> dict[str, Any]:
         config = published_config(batch_size=batch)
-        model = same_model(config)
-        optimizer = build_optimizer(model, config)
+        training = Training(same_model(config), config)
         pictures = load_category(Path(data), category)
         tested = spread(pictures.test, test)
         truth = load_ground_truth(tested, config.size, config.mask_rule)
         begun = time.perf_counter()
-        backbone, size, budget = model.feature_extractor, config.size, CacheBudget.from_options(None, None, None)
+        backbone, size = training.model.feature_extractor, config.size
+        budget = CacheBudget.from_options(None, None, None)
         train_features = FeatureCache(backbone, spread(pictures.train, train), size, budget, "train")
         test_features = FeatureCache(backbone, [picture.path for picture in tested], size, budget, "test")
         cached = time.perf_counter()
-        train_epoch(model, optimizer, train_features, config, 1, WeightAverage(model, 0), None, lambda line: None)
+        training.epoch(train_features, lambda line: None)
         trained = time.perf_counter()
-        image, pixel = measure(score_images(model, test_features), truth)
+        image, pixel = measure(score_images(training.model, test_features), truth)
         return {
             "features": cached - begun,
             "training": trained - cached,

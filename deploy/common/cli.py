@@ -21,19 +21,27 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_pictures(parser: argparse.ArgumentParser, thresholds: str) -> None:
-    """Add --image_path and both thresholds; `thresholds` tells which ones hold where the options are left out."""
-    parser.add_argument("--image_path", required=True, help="a picture, a folder or a quoted pattern")
+def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: str | None = None) -> None:
+    """Add --image_path and both thresholds.
+
+    Args:
+        parser: of a command that scores pictures.
+        thresholds: tells which ones hold where the options are left out.
+        image_path: the picture where none is named; None: one must be.
+    """
+    pictures = f"a picture, a folder or a quoted pattern{f' ({image_path})' if image_path else ''}"
+    parser.add_argument("--image_path", required=not image_path, default=image_path, help=pictures)
     for name, what in (("image", "a picture is an anomaly above it"), ("pixel", "a pixel is in the mask above it")):
-        parser.add_argument(f"--{name}_threshold", type=non_negative_float, help=f"{what} ({thresholds})")
+        parser.add_argument(f"--{name}_threshold", type=finite_float, help=f"{what} ({thresholds})")
 
 
 def boolean(text: str) -> bool:
-    """Type of options that take True or False, as TIPC passes them."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-    return values[text.lower()]
+    """Type of options that take True or False, also in the other words that the published scripts take."""
+    if text.lower() in ("true", "t", "yes", "y", "1", "gpu"):
+        return True
+    if text.lower() in ("false", "f", "no", "n", "0", "cpu"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
 
 
 def positive_int(text: str) -> int:
@@ -43,25 +51,33 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def interval(text: str) -> int:
+    """Type of options that take a whole number from 1, or -1 for never."""
+    return -1 if text == "-1" else positive_int(text)
+
+
+def finite_float(text: str) -> float:
+    """Type of options that take any number."""
+    return _number(text, math.isfinite, "a number")
+
+
 def non_negative_float(text: str) -> float:
     """Type of options that take a number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, not {text!r}")
-    return value
+    return _number(text, lambda value: 0 <= value < math.inf, "a number from 0")
 
 
 def share(text: str) -> float:
     """Type of options that take a number between 0 and 1, neither of them included."""
+    return _number(text, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], wanted: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, not {text!r}")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
     return value
 
 
