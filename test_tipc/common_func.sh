@@ -152,7 +152,7 @@ data_folder() {
 # of another machine may say python3.7), the python that is.
 python_program() {
     local program=${python:-$(line_value 3)}
-    if [[ -z ${python:-} ]] && ! is_null "$program" && ! command -v "$program" >/dev/null; then
+    if [[ -z ${python:-} ]] && ! is_null "$program" && ! "$program" --version >/dev/null 2>&1; then
         local other
         other=$(command -v python || command -v python3) || other=$program
         printf '%s: line 3 names %s, which is not here; using %s\n' "${0##*/}" "$program" "$other" >&2

@@ -66,7 +66,7 @@ class Workplace:
         return self.succeed("train.py", *common, "--exp_dir", exp_dir, *options)
 
     def evaluate(self, exp_dir: str, *options: object) -> subprocess.CompletedProcess:
-        common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", "-cat", "bottle", *TINY)
+        common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", *TINY, "--threshold_rule", "f1")
         return self.succeed("eval.py", *common, "--exp_dir", exp_dir, *options)
 
     def result(self, exp_dir: str, category: str = "bottle") -> dict:
@@ -196,6 +196,43 @@ def test_patience_waits_for_the_next_evaluation(workplace):
     assert len(workplace.history("patient2")) == 6
 
 
+def parameters(workplace):
+    """How many numbers the training said that it changes."""
+    return re.search(r"trainable parameters: ([\d,]+)", workplace.training.stdout)[1].replace(",", "")
+
+
+def test_training_ends_with_the_published_lines(workplace):
+    rows = workplace.history("exp")
+    best = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")["epoch"]
+    image, pixel = (np.round(float(rows[best - 1][f"{kind}_auroc"]), 3) for kind in ("image", "pixel"))
+    *before, seconds, saved, bottle, mean = workplace.training.stdout.splitlines()
+    assert re.fullmatch(r"Training time \d:\d\d:\d\d", seconds) and saved == "save:exp"
+    assert bottle == f"bottle           pixel auroc:{pixel:.3f}    image auroc:{image:.3f}"
+    assert mean == f"mean             pixel auroc:{pixel:.4f}    image auroc:{image:.4f}"
+    evaluations = [line for line in before if line.startswith("EVAL:  image-auc : ")]
+    assert len(evaluations) == 3 and f"EVAL:  image-auc : {image:.6f} pixel-auc:{pixel:.6f}" in evaluations
+
+
+def test_every_iteration_is_logged_with_the_plain_mean(workplace):
+    """The second batch has 8 pictures of 24, and its loss counts as much as that of the first."""
+    pattern = r"iter:(\d)/2 - .* loss = (-?\d+\.\d{3})/(-?\d+\.\d{3}) "
+    (_, first, _), (_, second, average), *_ = re.findall(pattern, workplace.training.stdout)
+    assert float(average) == pytest.approx((float(first) + float(second)) / 2, abs=0.0011)
+    assert float(workplace.history("exp")[0]["loss"]) == pytest.approx(float(average), abs=0.0006)
+
+
+def test_never_evaluated(workplace):
+    done = workplace.train("never", "--epochs", 2, "--batch_size", 24, "--test_epochs", -1, "-o", "patience=1")
+    assert [row["image_auroc"] for row in workplace.history("never")] == ["", ""]
+    assert "never evaluated (-1): best.pdparams is the last epoch, and all epochs are trained" in done.stdout
+    assert done.stdout.splitlines()[-2] == "bottle           pixel auroc:n/a    image auroc:n/a"
+    assert "selection: last (last checkpoint, no choice)" in workplace.evaluate("never").stdout
+
+
+def test_training_all_is_for_another_command(empty):
+    assert "sh train.sh" in empty.fail("train.py", "-cat", "all")
+
+
 # ---- eval.py
 
 
@@ -212,8 +249,13 @@ def test_eval_prints_the_table_and_agrees_with_the_training(workplace):
     assert bottle["images"] == 26
     assert bottle["anomalous_images"] == 18
     assert bottle["backbone"]["source"] == "offline start"
-    row = f"{bottle['pixel_auroc']:.3f} +{bottle['image_auroc']:.3f}"
-    assert re.search(rf"bottle +{row}\nmean +{row}", done.stdout)
+    lines = done.stdout.splitlines()
+    image, pixel = (np.round(bottle[f"{kind}_auroc"], 3) for kind in ("image", "pixel"))
+    assert lines[0] == f"Model A.D. Param#: {parameters(workplace)}"
+    assert f"EVAL:  image-auc : {image:.6f} pixel-auc:{pixel:.6f}" in lines
+    row = f"  pixel auroc:{pixel:.3f}   image auroc:{image:.3f}"
+    assert lines[-2:] == [f"bottle         {row}", f"all            {row}"]
+    assert sum("auroc:" in line for line in lines) == 2
 
 
 def test_eval_last(workplace):
@@ -284,7 +326,8 @@ def test_all_figures_are_recomputed_from_saved_maps_without_our_code(workplace):
 
 def test_eval_prints_all_figures_on_demand(workplace):
     lines = workplace.evaluate("exp", "--all_metrics").stdout.splitlines()
-    title, bottle = (line for line in lines if line.startswith(("category ", "bottle ")))
+    (row,) = (i for i, line in enumerate(lines) if line.startswith("category "))
+    title, bottle = lines[row : row + 2]
     keys = ["pixel_auroc", "image_auroc", "image_ap", "pixel_ap", "image_f1_max", "pixel_f1_max", "aupro"]
     assert re.split(" {2,}", title) == ["category", *(key.replace("_", " ").replace("f1 ", "f1-") for key in keys)]
     assert bottle.split() == ["bottle", *(f"{workplace.result('exp')[key]:.3f}" for key in keys)]
@@ -319,6 +362,43 @@ def test_eval_stores_thresholds_that_give_the_f1s_of_the_table(workplace):
     assert stored["data"] == {"folder": "lite_data/bottle/test", "pictures": 26, "defects": 18}
     assert (stored["checkpoint"], stored["epoch"]) == ("best.pdparams", figures["epoch"])
     assert "results/exp/bottle/thresholds.yaml" in done.stdout
+
+
+def test_the_order_of_the_published_readme(workplace):
+    """Train, evaluate, predict: nothing is calibrated, and prediction says nothing but the decision at 0.8."""
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir", "order")
+    workplace.copy_checkpoint("order")
+    done = workplace.succeed("eval.py", *options, "--data", "lite_data")
+    assert "threshold" not in done.stdout
+    decisions = workplace.result("order")["decisions"]
+    with np.load(saved_maps(workplace, "order")) as maps:
+        good, defect = maps["image_scores"][~maps["labels"]], maps["image_scores"][maps["labels"]]
+    assert (decisions["rule"], decisions["image"], decisions["pixel"]) == ("published", 0.8, 0.8)
+    assert (decisions["false_alarms"], decisions["good_test_pictures"]) == ((good > 0.8).sum(), 8)
+    assert (decisions["missed_defects"], decisions["defect_test_pictures"]) == ((defect <= 0.8).sum(), 18)
+    lines = workplace.succeed("predict.py", *options, "--image_path", "images/bottle_good.png").stdout.splitlines()
+    label = "Anomaly" if float(lines[0][-5:]) > 0.8 else "Normal"
+    assert lines[0].startswith(f"{label} - score:  ") and len(lines) == 2
+    assert lines[1] == "可视化图在results/order/bottle下"
+
+
+def saved_maps(workplace, exp_dir):
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "--exp_dir", exp_dir)
+    workplace.succeed("eval.py", *options, "--save_maps")
+    return workplace.folder / "results" / exp_dir / "bottle/maps.npz"
+
+
+def test_what_was_calibrated_last_is_used_until_it_is_withdrawn(workplace):
+    options = ("-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir", "withdrawn")
+    picture = ("--image_path", "images/bottle_good.png")
+    workplace.copy_checkpoint("withdrawn")
+    workplace.evaluate("withdrawn")
+    assert "(f1)" in workplace.succeed("predict.py", *options, *picture).stdout.splitlines()[0]
+    done = workplace.succeed("eval.py", *options, "--data", "lite_data")  # which calibrates nothing, and takes nothing
+    assert "predict.py and export go on with image " in done.stdout
+    assert "(f1)" in workplace.succeed("predict.py", *options, *picture).stdout.splitlines()[0]
+    workplace.succeed("eval.py", *options, "--data", "lite_data", "--threshold_rule", "published")
+    assert len(workplace.succeed("predict.py", *options, *picture).stdout.splitlines()) == 2
 
 
 def test_the_last_checkpoint_has_no_thresholds(workplace):
@@ -586,8 +666,8 @@ def test_own_category_without_masks(empty, tmp_path):
     shutil.copytree(ROOT / "lite_data/bottle/test", data / "my part/test")
     options = ("-cfg", "configs/resnet18.yaml", "--data", data, *TINY, "--exp_dir", "exp", "-cat", "my part")
     empty.succeed("train.py", *options, "--epochs", "1")
-    done = empty.succeed("eval.py", *options)
-    assert re.search(r"my part +n/a +\d\.\d{3}", done.stdout)
+    done = empty.succeed("eval.py", *options, "--threshold_rule", "f1")
+    assert re.search(r"my part          pixel auroc:n/a   image auroc:\d\.\d{3}\n", done.stdout)
     result = empty.result("exp", "my part")
     assert result["pixel_auroc"] is result["pixel_f1_threshold"] is result["aupro"] is None
     thresholds = empty.thresholds("exp", "my part")
@@ -628,7 +708,7 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
     model = ["-cfg", "configs/resnet18.yaml", "-o", "input_size=[64, 96]", "-o", "flow_step=1"]
     model += ["-o", "pretrained=offline", "--exp_dir", "exp", "-cat", "panel"]
     empty.succeed("train.py", *model, "--data", wide_pictures, "--epochs", 6, "--batch_size", 8, "--test_epochs", 6)
-    empty.succeed("eval.py", *model, "--data", wide_pictures)
+    empty.succeed("eval.py", *model, "--data", wide_pictures, "--threshold_rule", "f1")
     panel = json.loads((empty.folder / "results/exp/eval.json").read_text())["categories"]["panel"]
     assert (panel["images"], panel["images_with_mask"]) == (8, 4)
     assert panel["pixel_auroc"] > 0.9

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC s
 FAKE_PYTHON = f"""#!{sys.executable}
 import json, os, signal, sys, time
 words = sys.argv[1:]
+if words == ["--version"]:
+    sys.exit()
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), words]), file=calls)
 print("hello from", *words)
@@ -637,6 +639,22 @@ def test_a_chain_whose_lines_do_not_fit(repository, changes, expected):
     assert len(done.stderr.splitlines()) == 1 and repository.calls() == []
 
 
+def test_a_python_of_another_machine(repository):
+    """Line 3 is that of whoever wrote the config; the variable is that of whoever runs it."""
+    repository.config({3: "python:python0.1"})
+    (repository.bin / "python").symlink_to(repository.python)
+    done = repository.run()
+    assert done.returncode == 0 and "line 3 names python0.1, which is not here; using " in done.stderr
+    assert repository.commands()[0].startswith("train.py ")
+    assert repository.run(python="python0.1").returncode == 1
+
+
+def test_data_that_are_missing_leave_nothing_of_an_earlier_run(repository):
+    assert repository.run().returncode == 0 and repository.results()
+    assert repository.run(script=PREPARE).returncode == 2  # there is no ./little
+    assert not list((repository.root / f"test_tipc/output/toy/{LITE}").iterdir())
+
+
 # ---- one command for each chain
 
 
@@ -737,7 +755,7 @@ def test_pictures_are_posted_to_no_service(tmp_path):
 SMALL = " -o input_size=64 -o flow_step=1 -o pretrained=offline"
 
 
-def run_real(root, exported, chain, mode, changes):
+def run_real(root, exported, chain, mode, changes, **environment):
     """The chain on a model of conftest's size; the programs are ours, everything is written under root."""
     for name in ("train.py", "eval.py", "models", "datasets", "utils", "deploy", "configs", "images"):
         (root / name).symlink_to(ROOT / name)
@@ -753,11 +771,22 @@ def run_real(root, exported, chain, mode, changes):
     config.write_text("".join(lines[number] + "\n" for number in sorted(lines)))
     return subprocess.run(
         ["bash", root / "test_tipc/run.sh", chain, mode],
-        env={**os.environ, "python": sys.executable},
+        env={**os.environ, **(environment or {"python": sys.executable})},
         text=True,
         capture_output=True,
         timeout=300,
     )
+
+
+def test_the_published_lines_for_real(tmp_path, exported):
+    """Line 3 names a python of another machine, line 5 is --cuda:True and line 30 --model_dir:, as published."""
+    changes = {3: "python:python3.7", 6: "--epochs:1", 17: "eval:eval.py -cat bottle --data ./lite_data" + SMALL}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run_real(tmp_path, exported, "train_infer_python", LITE, changes, PATH=path, python="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = (tmp_path / f"test_tipc/output/fastflow/{LITE}/results_python.log").read_text().splitlines()
+    assert len(results) == 5 and all(line.startswith("Run successfully with command - ") for line in results)
+    assert "--cuda=True" in results[0] and "--cuda=True" in results[1] and "--model_dir=" in results[3]
 
 
 @needs_converter("onnxruntime")
