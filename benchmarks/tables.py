@@ -1,4 +1,4 @@
-"""The measured tables of both READMEs, made of the JSON files beside it: python -m benchmarks.tables
+"""The measured tables of the documentation, made of the JSON files beside it: python -m benchmarks.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; the command writes it anew.
 """
@@ -9,36 +9,59 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.inputs import ROOT
-from benchmarks.report import CONTENDERS, number
+from benchmarks.report import ANOMALIB_NARROW, CONTENDERS, number
 from deploy.common.cli import UserError, run_main
 from deploy.common.files import write_text
 
-READMES = {"README.md": "zh", "README_en.md": "en"}
+PAGES = {  # that hold tables, with their language
+    "README.md": "zh",
+    "README_en.md": "en",
+    "docs/zh/accuracy.md": "zh",
+    "docs/en/accuracy.md": "en",
+    "benchmarks/README.md": "en",
+}
 BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
-# Rows of the table of speed: key in results.json, in English, in Chinese.
+# Rows of the table of speed: key in results.json, title.
 SPEED = (
-    ("step/cached/8", "training step, batch 8, features cached", "训练一步，批 8，特征已缓存"),
-    ("step/backbone/8", "training step, batch 8, with the backbone", "训练一步，批 8，含骨干网络"),
-    ("step/cached/32", "training step, batch 32, features cached", "训练一步，批 32，特征已缓存"),
-    ("step/backbone/32", "training step, batch 32, with the backbone", "训练一步，批 32，含骨干网络"),
-    ("epoch", "first epoch with evaluation, 209 + 83 pictures", "第一轮训练和评估，209+83 张图片"),
-    ("later epoch", "each later epoch", "之后的每一轮"),
-    ("evaluation/83", "evaluation of 83 maps of 256x256, model excluded", "评估 83 张 256×256 的图，不含模型"),
-    ("latency", "latency of one picture", "单张图片的延迟"),
-    ("throughput/8", "throughput, batch 8", "吞吐量，批 8"),
+    ("step/cached/8", "training step, batch 8, features cached"),
+    ("step/backbone/8", "training step, batch 8, with the backbone"),
+    ("step/cached/32", "training step, batch 32, features cached"),
+    ("step/backbone/32", "training step, batch 32, with the backbone"),
+    ("epoch", "first epoch with evaluation, 209 + 83 pictures"),
+    ("later epoch", "each later epoch"),
+    ("evaluation/83", "evaluation of 83 maps of 256x256, model excluded"),
+    ("latency", "latency of one picture"),
+    ("throughput/8", "throughput, batch 8"),
 )
 # The same of the table of exported models, as far as the CPU can do it.
 EXPORTED = tuple(
-    (f"inference/{name}/{batch}", f"{en}, batch {batch}", f"{zh}，批 {batch}")
-    for name, en, zh in (
-        ("OpenVINO fp32", "OpenVINO", "OpenVINO"),
-        ("OpenVINO fp32 --winograd", "OpenVINO, `--winograd True`", "OpenVINO，`--winograd True`"),
-        ("OpenVINO bf16", "OpenVINO, bfloat16", "OpenVINO，bfloat16"),
-        ("ONNX Runtime fp32", "ONNX Runtime", "ONNX Runtime"),
-        ("own framework fp32", "Paddle Inference; anomalib: PyTorch", "Paddle Inference；anomalib：PyTorch"),
+    (f"inference/{name}/{batch}", f"{title}, batch {batch}")
+    for name, title in (
+        ("OpenVINO fp32", "OpenVINO"),
+        ("OpenVINO fp32 --winograd", "OpenVINO, `--winograd True`"),
+        ("OpenVINO bf16", "OpenVINO, bfloat16"),
+        ("ONNX Runtime fp32", "ONNX Runtime"),
+        ("own framework fp32", "Paddle Inference; anomalib: PyTorch"),
     )
     for batch in (1, 8)
 )
+# What both READMEs show of these two.
+OVERVIEW = {
+    "en": (
+        ("epoch", "first epoch with evaluation, 209 + 83 pictures"),
+        ("later epoch", "each later epoch"),
+        ("latency", "one picture, trained model"),
+        ("inference/OpenVINO fp32/1", "one picture, exported, OpenVINO"),
+        ("inference/OpenVINO fp32 --winograd/1", "the same with `--winograd True`"),
+    ),
+    "zh": (
+        ("epoch", "第一轮训练和评估，209+83 张图片"),
+        ("later epoch", "之后的每一轮"),
+        ("latency", "一张图片，训练好的模型"),
+        ("inference/OpenVINO fp32/1", "一张图片，导出后用 OpenVINO"),
+        ("inference/OpenVINO fp32 --winograd/1", "同上，加 `--winograd True`"),
+    ),
+}
 COLUMNS = {
     "en": (
         "ours",
@@ -49,8 +72,8 @@ COLUMNS = {
     ),
     "zh": (
         "本仓库",
-        "发布版的图，默认环境",
-        "发布版的图，最佳环境",
+        "原复现的计算图，默认环境",
+        "原复现的计算图，最佳环境",
         "anomalib 2.7，宽度 1.06",
         "anomalib 2.7，宽度 1.0",
     ),
@@ -58,22 +81,23 @@ COLUMNS = {
 
 
 def main() -> None:
-    for name in READMES:
+    for name, language in PAGES.items():
         path = ROOT / name
-        write_text(path, with_tables(path.read_text(encoding="utf-8"), READMES[name]))
+        write_text(path, with_tables(path.read_text(encoding="utf-8"), language))
 
 
 def with_tables(text: str, language: str) -> str:
-    """The README's text with every table made anew.
+    """The page's text with every table made anew.
 
     Args:
-        text: of the README.
+        text: of the page.
         language: `en` or `zh`.
 
     Raises:
         UserError: the text names a table that is not known.
     """
     makers = {
+        "overview": (overview, "avx2/results.json"),
         "speed": (speed, "results.json"),
         "speed_avx2": (speed, "avx2/results.json"),
         "exported": (exported, "avx2/results.json"),
@@ -85,12 +109,21 @@ def with_tables(text: str, language: str) -> str:
     def table(match: re.Match) -> str:
         name = match[1]
         if name not in makers:
-            raise UserError(f"README: unknown table {name}; there are: {', '.join(makers)}")
+            raise UserError(f"unknown table {name}; there are: {', '.join(makers)}")
         maker, file = makers[name]
         lines = maker(json.loads((ROOT / "benchmarks" / file).read_text(encoding="utf-8")), language)
         return f"<!-- table: {name} -->\n" + "\n".join(lines) + "\n<!-- end of table -->"
 
     return BLOCK.sub(table, text)
+
+
+def overview(results: dict[str, Any], language: str) -> list[str]:
+    """A few medians of `speed` and `exported`, without anomalib's narrower model.
+
+    Args:
+        results: the content of a results.json.
+    """
+    return _medians(results, OVERVIEW[language], language, leave_out=ANOMALIB_NARROW)
 
 
 def speed(results: dict[str, Any], language: str) -> list[str]:
@@ -102,13 +135,11 @@ def speed(results: dict[str, Any], language: str) -> list[str]:
     figures = results["figures"]
     memory = number(figures["memory/train.py"]["results"]["ours"]["median"], "bytes")
     infer, plain = (figures[key]["results"]["ours"]["median"] for key in ("start/infer", "start/paddle"))
-    note = {
-        "en": f"Training bottle takes {memory} of memory at its peak; `deploy/infer.py` on one picture takes "
-        f"{infer / plain:.2f} times as long as `import paddle`.",
-        "zh": f"训练 bottle 的内存峰值为 {memory}；`deploy/infer.py` 处理一张图片的总时间是 `import paddle` 的 "
-        f"{infer / plain:.2f} 倍。",
-    }
-    return [*_medians(results, SPEED, language), note[language]]
+    note = (
+        f"Training bottle takes {memory} of memory at its peak; `deploy/infer.py` on one picture takes "
+        f"{infer / plain:.2f} times as long as `import paddle`."
+    )
+    return [*_medians(results, SPEED, language), note]
 
 
 def exported(results: dict[str, Any], language: str) -> list[str]:
@@ -120,23 +151,25 @@ def exported(results: dict[str, Any], language: str) -> list[str]:
     return _medians(results, EXPORTED, language)
 
 
-def _medians(results: dict[str, Any], rows: Sequence[tuple[str, str, str]], language: str) -> list[str]:
+def _medians(
+    results: dict[str, Any], rows: Sequence[tuple[str, str]], language: str, leave_out: str | None = None
+) -> list[str]:
     """The rows that were measured, with the contenders that were; then what was measured where."""
     figures = results["figures"]
     rows = [row for row in rows if row[0] in figures]
     columns = [
         (name, title)
         for name, title in zip(CONTENDERS, COLUMNS[language], strict=True)
-        if any(name in figures[row[0]]["results"] for row in rows)
+        if name != leave_out and any(name in figures[key]["results"] for key, _ in rows)
     ]
     lines = [f"|  | {' | '.join(title for _, title in columns)} |", "| :-- |" + " --: |" * len(columns)]
-    for key, *texts in rows:
+    for key, text in rows:
         figure = figures[key]
         cells = [
             number(figure["results"][name]["median"], figure["unit"]) if name in figure["results"] else "–"
             for name, _ in columns
         ]
-        lines.append(f"| {texts[language == 'zh']} | {' | '.join(cells)} |")
+        lines.append(f"| {text} | {' | '.join(cells)} |")
     machine, paddle, threads = results["machine"]["cpu"], results["versions"]["paddlepaddle"], results["threads"]
     note = {
         "en": f"Medians of {results['date']}, {machine}, {threads} threads, PaddlePaddle {paddle}; "
@@ -190,8 +223,8 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     selections = dict.fromkeys(f"{run['config']} {run['chosen']['selection']}" for run in results["runs"])
-    selected = {"en": "Selection of the checkpoint: ", "zh": "检查点的选择："}[language] + ", ".join(selections)
-    return [*lines, "", f"{_origin(results, results['runs'], language)} {selected}."]
+    selected = {"en": " Selection of the checkpoint: {}.", "zh": "检查点的选择：{}。"}[language]
+    return [*lines, "", _origin(results, results["runs"], language) + selected.format(", ".join(selections))]
 
 
 def fall(results: dict[str, Any], language: str) -> list[str]:

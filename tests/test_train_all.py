@@ -319,10 +319,11 @@ def test_bad_input_is_one_line(place, environ, word):
     assert not (place.folder / "results").exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_en.md"])
-def test_the_slurm_script_of_the_readme(place, name):
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_documented_slurm_script(place, language):
     """Its body, as a task of an array runs it: the second category, then the same again."""
-    (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    page = (ROOT / f"docs/{language}/distributed.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)
     for category in ("bottle", "my part", "zipper"):
         (place.folder / "data" / category / "test").mkdir(parents=True)
     (place.folder / "data/license.txt").touch()  # MVTec AD has it beside the categories
