@@ -7,6 +7,7 @@ import os
 import pickle
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ parser = argparse.ArgumentParser()
 for name in ("-cfg", "--data", "--exp_dir", "-cat", "--device"):
     parser.add_argument(name)
 parser.add_argument("--resume", action="store_true")
+parser.add_argument("-o", action="append", default=[])
 args = parser.parse_args()
 note = {"category": args.cat, "resume": args.resume, "device": args.device, "begin": time.monotonic()}
 note.update({name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "PADDLE_LOCAL_SIZE", "OMP_NUM_THREADS")})
@@ -49,7 +51,7 @@ try:
     if "killed" in args.cat:
         print("before the end", flush=True)
         os.kill(os.getpid(), 9)
-    config = load_config(args.cfg)
+    config = load_config(args.cfg, args.o)
     history = pickle.loads(last.read_bytes())["history"] if args.resume and last.exists() else []
     for epoch in range(len(history) + 1, config.epochs + 1):
         time.sleep(60 if "slow" in args.cat and epoch > 1 and not args.resume else 0.3)
@@ -85,7 +87,7 @@ class Place:
         for name in categories:
             (self.folder / "data" / name / "test").mkdir(parents=True, exist_ok=True)
         free = {name: value for name, value in os.environ.items() if name not in ("GPUS", "JOBS", "OMP_NUM_THREADS")}
-        free.update(python=sys.executable, config="config.yaml", PYTHONPATH=str(ROOT), **environ)
+        free.update({"python": sys.executable, "config": "config.yaml", "PYTHONPATH": str(ROOT), **environ})
         command = ["sh", "train.sh"]
         return subprocess.Popen(
             command, cwd=self.folder, env=free, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -130,6 +132,30 @@ def test_one_category_after_the_other_in_the_published_order(place):
     assert lines[3:7] == [*bottle, "bottle  done  image AUROC 0.510, pixel AUROC 0.250 (epoch 1 of 2)"]
     assert lines[-1].startswith("the table of -cfg config.yaml --data ./data --exp_dir exp -cat all")
     assert (place.folder / "results/exp/bottle/output.log").read_text().splitlines() == bottle[1:]
+
+
+def test_a_trial_is_named_in_the_environment(place):
+    done = place.run("bottle", epochs="1", options="-o lr=0.0005 -o batch_size=8")
+    assert done.returncode == 0, done.stderr
+    assert "(epoch 1 of 1)" in done.stdout
+    options = "-o lr=0.0005 -o batch_size=8 -o epochs=1"
+    assert done.stdout.splitlines()[-1] == (
+        f"the table of -cfg config.yaml --data ./data --exp_dir exp {options} -cat all"
+    )
+    last = pickle.loads(place.last("bottle").read_bytes())
+    assert (last["config"]["lr"], last["config"]["batch_size"], last["config"]["epochs"]) == (0.0005, 8, 1)
+
+
+def test_where_there_is_no_python_it_is_python3(place):
+    commands = place.folder / "bin"
+    commands.mkdir()
+    for name in ("sh", "dirname", "env"):
+        (commands / name).symlink_to(shutil.which(name))
+    (commands / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (commands / "python3").chmod(0o755)
+    done = place.run("bottle", python="", PATH=str(commands))
+    assert done.returncode == 0, done.stderr
+    assert "done  image AUROC" in done.stdout
 
 
 def test_jobs_share_the_machine(place):

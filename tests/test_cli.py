@@ -1,0 +1,71 @@
+"""Types of options, and the device that a command is asked for."""
+
+import argparse
+
+import pytest
+
+from deploy.common import runtime
+from deploy.common.cli import ArgumentParser, add_pictures, boolean, finite_float, interval
+from utils import options
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1", "yes", "y", "t", "T", "gpu", "GPU"])
+def test_words_for_true(text):
+    assert boolean(text) is True
+
+
+@pytest.mark.parametrize("text", ["False", "false", "0", "no", "n", "f", "F", "cpu"])
+def test_words_for_false(text):
+    assert boolean(text) is False
+
+
+@pytest.mark.parametrize("text", ["", "2", "gpu:0", "None"])
+def test_other_words_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be True or False"):
+        boolean(text)
+
+
+def test_thresholds_may_be_negative():
+    """Above such a threshold are all scores, so everything is an anomaly; published scripts take it."""
+    parser = ArgumentParser()
+    add_pictures(parser, "0.8")
+    args = parser.parse_args(["--image_path", "a.png", "--image_threshold", "-0.5", "--pixel_threshold=-1e-3"])
+    assert (args.image_threshold, args.pixel_threshold) == (-0.5, -0.001)
+    for text in ("nan", "inf", "high"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a number"):
+            finite_float(text)
+
+
+def test_an_interval_may_be_never():
+    assert (interval("-1"), interval("3")) == (-1, 3)
+    for text in ("0", "-2", "1.5"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            interval(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen", "warned"),
+    [
+        ([], "auto", False),
+        (["--cuda", "True"], "auto", True),
+        (["--cuda", "False"], "cpu", False),
+        (["--cuda", "False", "--device", "gpu:1"], "gpu:1", False),
+    ],
+)
+def test_cuda_names_the_device_in_the_published_way(monkeypatch, capsys, words, chosen, warned):
+    """On a machine without a GPU, which `auto` is the CPU of."""
+    asked = []
+    monkeypatch.setattr(runtime, "setup", lambda *_: None)
+    monkeypatch.setattr(runtime, "select_device", lambda name: asked.append(name) or name.replace("auto", "cpu"))
+    parser = options.common_parser("")
+    options.add_cuda(parser)
+    options.start(parser.parse_args(words))
+    assert asked == [chosen]
+    said = capsys.readouterr().err
+    assert said == ("warning: --cuda True: Paddle sees no GPU here; running on the CPU\n" if warned else "")
+
+
+def test_bottle_is_the_category_that_nobody_names():
+    parser = options.common_parser("")
+    options.add_category(parser, "a category")
+    assert parser.parse_args([]).category == "bottle"
