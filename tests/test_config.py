@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from deploy.common.cli import UserError
-from utils.config import Config, SelectionWeights, load_config, parse_config
+from utils.config import (
+    Config,
+    SelectionWeights,
+    keys_that_decide,
+    listing,
+    load_config,
+    main,
+    markdown,
+    parse_config,
+)
 
 PATH = "configs/resnet18.yaml"
 PUBLISHED = {
@@ -242,6 +251,66 @@ def test_a_file_cannot_run_code(tmp_path):
     path = written(tmp_path, f"lr: !!python/object/apply:os.system ['touch {trap}']\n")
     assert "my.yaml" in refusal(path=path)
     assert not trap.exists()
+
+
+def flat(values, prefix=""):
+    """Each key of a config's dictionary, dotted within groups, and its value."""
+    for name, value in values.items():
+        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+
+
+def test_the_listing_has_every_key_and_what_it_takes(config, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["config"])
+    main()
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split("  ")[0] == "key"
+    assert [line.split()[0] for line in lines] == [name for name, _ in flat(config.as_dict())]
+    rows = {line.split()[0]: re.split(r" {2,}", line, maxsplit=1)[1] for line in lines}
+    assert re.match(r"int, list\[int\] +≥ 32, ≤ 4096 +side of", rows["input_size"])
+    assert re.match(r"list\[int\] +null +≥ 1 +input size /", rows["scales"])
+    assert re.match(r"float +0\.001 +> 0 +learning rate", rows["lr"])
+    assert re.match(r"published, half +published +mask pixels", rows["mask_rule"])
+    assert re.match(r"float +0\.5 +≥ 0 +weight of the image", rows["selection_weights.image"])
+
+
+BEYOND = {"≥": -1, ">": 0, "≤": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "sign", "number"),
+    [
+        (name, kinds, *bound.split())
+        for name, kinds, _, bounds, _ in listing("en")[1:]
+        for bound in bounds.split(", ")
+        if bound
+    ],
+)
+def test_beyond_a_listed_bound_is_an_error_that_says_it(name, kinds, sign, number):
+    value = yaml.safe_load(number) + BEYOND[sign]
+    message = refusal(f"{name}={[value] if kinds == 'list[int]' else value}")
+    assert re.search(rf"{name}(\[0\])? must be (at least|at most|greater than) {number}, not ", message)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documentation_has_the_table_of_the_code(language):
+    command = f"python -m utils.config --markdown {language}"
+    text = Path(f"docs/{language}/configuration.md").read_text(encoding="utf-8")
+    table = text.partition(f"<!-- made by: {command} -->\n")[2].partition("\n<!-- end of table -->")[0]
+    assert table == markdown(language), f"put between the markers what this prints: {command}"
+
+
+def test_every_key_has_a_meaning_in_both_languages():
+    rows = [row for language in ("en", "zh") for row in listing(language)]
+    assert all(row[-1] for row in rows)
+    assert len({row[-1] for row in rows}) == len(rows)
+
+
+def test_what_each_key_decides():
+    """--resume and a checkpoint's model go by it."""
+    assert set(keys_that_decide("model")) == set(NEEDED) - {"momentum"}
+    assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
+    steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
+    assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights"}
 
 
 def test_a_config_cannot_be_changed(config):

@@ -19,22 +19,16 @@ from deploy.common.files import write_whole
 from models.fastflow import FastFlow, FlowStep
 from utils import distributed
 from utils.averaging import WeightAverage
-from utils.config import Config, check_known
+from utils.config import Config, check_known, keys_that_decide
 from utils.history import EpochRow
 from utils.loss_scale import LossScale
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
 from utils.weights import set_state
 
-# Settings that a training cannot change half-way.
-RESUME_KEYS = ("selection", "holdout", "ema_decay")
-# Settings that it may change, but then it is another one.
-TRAINING_KEYS = (
-    *("batch_size", "clip_norm", "feature_noise", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
-    *("mask_rule", "selection_weights"),  # of what chooses the best epoch
-)
-# Settings that decide what the parameters mean.
-MODEL_KEYS = ("backbone_name", "input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
+MODEL_KEYS = keys_that_decide("model")
+RESUME_KEYS = keys_that_decide("resume")
+TRAINING_KEYS = keys_that_decide("training")
 
 
 def published_state(model: FastFlow) -> dict[str, np.ndarray]:
