@@ -20,7 +20,7 @@ from utils.config import (
 )
 
 PATH = "configs/resnet18.yaml"
-PUBLISHED = {
+MODEL = {
     "input_size": 256,
     "backbone_name": "resnet18",
     "channels": [64, 128, 256],
@@ -32,7 +32,7 @@ PUBLISHED = {
     "conv3x3_only": True,
     "clamp": 2.0,
 }
-NEEDED = [key for key in PUBLISHED if key not in ("channels", "scales")]  # those two the backbone tells
+NEEDED = [key for key in MODEL if key not in ("channels", "scales")]  # those two the backbone tells
 TRAINING = {
     "lr": 1e-3,
     "weight_decay": 1e-5,
@@ -61,7 +61,7 @@ def refusal(*overrides, path=PATH):
     return " ".join(str(error.value).split())
 
 
-@pytest.mark.parametrize(("key", "value"), (PUBLISHED | TRAINING).items())
+@pytest.mark.parametrize(("key", "value"), (MODEL | TRAINING).items())
 def test_published_value(config, key, value):
     assert config.as_dict()[key] == value
 
@@ -72,7 +72,7 @@ def test_the_file_holds_every_key_and_no_other(config):
 
 
 def test_a_file_with_the_published_keys_alone_will_do(tmp_path, config):
-    assert load_config(written(tmp_path, yaml.safe_dump(PUBLISHED))) == config
+    assert load_config(written(tmp_path, yaml.safe_dump(MODEL))) == config
 
 
 def test_as_dict_makes_the_same_config_again(config):
@@ -114,7 +114,7 @@ def test_a_size_is_one_number_or_height_and_width(text, kept, size):
 
 
 def test_channels_and_scales_may_be_left_out(tmp_path):
-    config = load_config(written(tmp_path, yaml.safe_dump({key: PUBLISHED[key] for key in NEEDED})))
+    config = load_config(written(tmp_path, yaml.safe_dump({key: MODEL[key] for key in NEEDED})))
     assert (config.channels, config.scales) == (None, None)
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.as_dict())), "again") == config
 
@@ -132,7 +132,7 @@ def test_later_overrides_win_and_options_win_over_them():
 
 
 def test_a_dotted_override_leaves_its_neighbours(tmp_path):
-    path = written(tmp_path, yaml.safe_dump(PUBLISHED))  # without selection_weights
+    path = written(tmp_path, yaml.safe_dump(MODEL))  # without selection_weights
     assert load_config(path, ["selection_weights.pixel=0"]).selection_weights == SelectionWeights(0.5, 0.0)
 
 
@@ -219,7 +219,7 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override, named):
 
 @pytest.mark.parametrize("key", NEEDED)
 def test_a_missing_key_is_named(tmp_path, key):
-    path = written(tmp_path, yaml.safe_dump({k: v for k, v in PUBLISHED.items() if k != key}))
+    path = written(tmp_path, yaml.safe_dump({k: v for k, v in MODEL.items() if k != key}))
     message = refusal(path=path)
     assert key in message
     assert "missing" in message
@@ -235,7 +235,7 @@ def test_a_file_that_holds_no_keys_is_named(tmp_path, text):
 
 
 def test_an_unknown_key_in_the_file_names_file_and_key(tmp_path):
-    message = refusal(path=written(tmp_path, yaml.safe_dump(PUBLISHED | {"chanels": 1})))
+    message = refusal(path=written(tmp_path, yaml.safe_dump(MODEL | {"chanels": 1})))
     assert "my.yaml" in message
     assert "chanels" in message
 
