@@ -24,10 +24,6 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements-serve.txt requirements
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	touch $@
 
-$(VENV)/.installed-deploy: requirements-deploy.txt $(VENV)/.installed
-	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-deploy.txt
-	touch $@
-
 demo: $(VENV)/.installed
 	$(RUN) train.py -cfg ./configs/resnet18.yaml --data ./lite_data --exp_dir demo -cat bottle --epochs 20 --batch_size 8 --test_epochs 5
 	$(RUN) eval.py -cfg ./configs/resnet18.yaml --data ./lite_data -cat bottle --exp_dir demo
@@ -45,7 +41,7 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
 
-bench: $(VENV)/.installed-deploy
+bench: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory $(BENCH_ENV)/.installed || echo "no anomalib here; benchmarks/README.md says what it needs"
 	$(RUN) -m benchmarks $(BENCH_ARGS)
 

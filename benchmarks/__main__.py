@@ -283,4 +283,4 @@ def describe_machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "-r requirements-dev.txt")

@@ -8,10 +8,19 @@ import pytest
 import yaml
 
 from deploy.common.cli import UserError
-from utils.config import Config, SelectionWeights, load_config, parse_config
+from utils.config import (
+    Config,
+    SelectionWeights,
+    keys_that_decide,
+    listing,
+    load_config,
+    main,
+    markdown,
+    parse_config,
+)
 
 PATH = "configs/resnet18.yaml"
-PUBLISHED = {
+MODEL = {
     "input_size": 256,
     "backbone_name": "resnet18",
     "channels": [64, 128, 256],
@@ -23,7 +32,7 @@ PUBLISHED = {
     "conv3x3_only": True,
     "clamp": 2.0,
 }
-NEEDED = [key for key in PUBLISHED if key not in ("channels", "scales")]  # those two the backbone tells
+NEEDED = [key for key in MODEL if key not in ("channels", "scales")]  # those two the backbone tells
 TRAINING = {
     "lr": 1e-3,
     "weight_decay": 1e-5,
@@ -52,7 +61,7 @@ def refusal(*overrides, path=PATH):
     return " ".join(str(error.value).split())
 
 
-@pytest.mark.parametrize(("key", "value"), (PUBLISHED | TRAINING).items())
+@pytest.mark.parametrize(("key", "value"), (MODEL | TRAINING).items())
 def test_published_value(config, key, value):
     assert config.as_dict()[key] == value
 
@@ -63,7 +72,7 @@ def test_the_file_holds_every_key_and_no_other(config):
 
 
 def test_a_file_with_the_published_keys_alone_will_do(tmp_path, config):
-    assert load_config(written(tmp_path, yaml.safe_dump(PUBLISHED))) == config
+    assert load_config(written(tmp_path, yaml.safe_dump(MODEL))) == config
 
 
 def test_as_dict_makes_the_same_config_again(config):
@@ -105,7 +114,7 @@ def test_a_size_is_one_number_or_height_and_width(text, kept, size):
 
 
 def test_channels_and_scales_may_be_left_out(tmp_path):
-    config = load_config(written(tmp_path, yaml.safe_dump({key: PUBLISHED[key] for key in NEEDED})))
+    config = load_config(written(tmp_path, yaml.safe_dump({key: MODEL[key] for key in NEEDED})))
     assert (config.channels, config.scales) == (None, None)
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.as_dict())), "again") == config
 
@@ -123,7 +132,7 @@ def test_later_overrides_win_and_options_win_over_them():
 
 
 def test_a_dotted_override_leaves_its_neighbours(tmp_path):
-    path = written(tmp_path, yaml.safe_dump(PUBLISHED))  # without selection_weights
+    path = written(tmp_path, yaml.safe_dump(MODEL))  # without selection_weights
     assert load_config(path, ["selection_weights.pixel=0"]).selection_weights == SelectionWeights(0.5, 0.0)
 
 
@@ -210,7 +219,7 @@ def test_a_wrong_override_is_one_line_that_names_the_key(override, named):
 
 @pytest.mark.parametrize("key", NEEDED)
 def test_a_missing_key_is_named(tmp_path, key):
-    path = written(tmp_path, yaml.safe_dump({k: v for k, v in PUBLISHED.items() if k != key}))
+    path = written(tmp_path, yaml.safe_dump({k: v for k, v in MODEL.items() if k != key}))
     message = refusal(path=path)
     assert key in message
     assert "missing" in message
@@ -226,7 +235,7 @@ def test_a_file_that_holds_no_keys_is_named(tmp_path, text):
 
 
 def test_an_unknown_key_in_the_file_names_file_and_key(tmp_path):
-    message = refusal(path=written(tmp_path, yaml.safe_dump(PUBLISHED | {"chanels": 1})))
+    message = refusal(path=written(tmp_path, yaml.safe_dump(MODEL | {"chanels": 1})))
     assert "my.yaml" in message
     assert "chanels" in message
 
@@ -242,6 +251,66 @@ def test_a_file_cannot_run_code(tmp_path):
     path = written(tmp_path, f"lr: !!python/object/apply:os.system ['touch {trap}']\n")
     assert "my.yaml" in refusal(path=path)
     assert not trap.exists()
+
+
+def flat(values, prefix=""):
+    """Each key of a config's dictionary, dotted within groups, and its value."""
+    for name, value in values.items():
+        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+
+
+def test_the_listing_has_every_key_and_what_it_takes(config, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["config"])
+    main()
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split("  ")[0] == "key"
+    assert [line.split()[0] for line in lines] == [name for name, _ in flat(config.as_dict())]
+    rows = {line.split()[0]: re.split(r" {2,}", line, maxsplit=1)[1] for line in lines}
+    assert re.match(r"int, list\[int\] +≥ 32, ≤ 4096 +side of", rows["input_size"])
+    assert re.match(r"list\[int\] +null +≥ 1 +input size /", rows["scales"])
+    assert re.match(r"float +0\.001 +> 0 +learning rate", rows["lr"])
+    assert re.match(r"published, half +published +mask pixels", rows["mask_rule"])
+    assert re.match(r"float +0\.5 +≥ 0 +weight of the image", rows["selection_weights.image"])
+
+
+BEYOND = {"≥": -1, ">": 0, "≤": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "sign", "number"),
+    [
+        (name, kinds, *bound.split())
+        for name, kinds, _, bounds, _ in listing("en")[1:]
+        for bound in bounds.split(", ")
+        if bound
+    ],
+)
+def test_beyond_a_listed_bound_is_an_error_that_says_it(name, kinds, sign, number):
+    value = yaml.safe_load(number) + BEYOND[sign]
+    message = refusal(f"{name}={[value] if kinds == 'list[int]' else value}")
+    assert re.search(rf"{name}(\[0\])? must be (at least|at most|greater than) {number}, not ", message)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documentation_has_the_table_of_the_code(language):
+    command = f"python -m utils.config --markdown {language}"
+    text = Path(f"docs/{language}/configuration.md").read_text(encoding="utf-8")
+    table = text.partition(f"<!-- made by: {command} -->\n")[2].partition("\n<!-- end of table -->")[0]
+    assert table == markdown(language), f"put between the markers what this prints: {command}"
+
+
+def test_every_key_has_a_meaning_in_both_languages():
+    rows = [row for language in ("en", "zh") for row in listing(language)]
+    assert all(row[-1] for row in rows)
+    assert len({row[-1] for row in rows}) == len(rows)
+
+
+def test_what_each_key_decides():
+    """--resume and a checkpoint's model go by it."""
+    assert set(keys_that_decide("model")) == set(NEEDED) - {"momentum"}
+    assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
+    steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
+    assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights"}
 
 
 def test_a_config_cannot_be_changed(config):

@@ -103,7 +103,7 @@ def test_a_tower_of_tuples_as_a_key_does_not_end_the_process(tmp_path):
     """Its hash would overflow the stack of C."""
     tower = b"}" + b")" + b"\x85" * 300_000 + b"K\x01s"
     refused_pickle(tmp_path, proto(tower), "a tuple where")
-    refused_pickle(tmp_path, proto(b")" + b"\x85" * 300_000 + b"\x8c\x01x\x93"), "a tuple where")  # as a module
+    refused_pickle(tmp_path, proto(b")" + b"\x85" * 300_000 + b"\x8c\x01x\x93"), "requires str")  # as a module
 
 
 def test_no_message_shows_what_has_no_end(tmp_path):
@@ -125,7 +125,6 @@ def test_a_place_in_the_memo_takes_no_memory(tmp_path):
         b"\x96" + struct.pack("<Q", 2**36) + b"x",
         b"\x8b" + struct.pack("<i", 2**31 - 1) + b"x",
         b"(" * 100_000,
-        b"K\x01K\x01",
         b"0",
         b"u",
         b"t",

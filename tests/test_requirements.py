@@ -15,9 +15,10 @@ IMPORT_NAMES = {
     "fastapi-offline": "fastapi_offline",
     "prometheus-client": "prometheus_client",
 }
-# What only the service may import; FastAPI is made of two of them and brings them.
-SERVICE = {"serve.py", "service.py"}
-OF_FASTAPI = {"pydantic", "starlette"}
+OF_FASTAPI = {"pydantic", "starlette"}  # which is made of them and brings them
+FOLDERS = ("models", "datasets", "utils", "deploy")
+PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+SERVICE = {ROOT / "deploy/serve.py", *(ROOT / "deploy/service").rglob("*.py")}
 
 
 def requirements(name):
@@ -36,23 +37,23 @@ def test_the_gpu_file_differs_in_paddle_only():
     ]
 
 
+def top_level_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
 def test_what_the_product_imports_is_required():
     known = imported_names("requirements.txt") | imported_names("requirements-deploy.txt")
     known_to_service = known | imported_names("requirements-serve.txt") | OF_FASTAPI
-    own = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    files = [
-        *ROOT.glob("*.py"),
-        *(path for part in ("models", "datasets", "utils", "deploy") for path in ROOT.glob(f"{part}/*.py")),
-    ]
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            else:
-                continue
-            for name in names:
-                top = name.split(".")[0]
-                allowed = known_to_service if path.name in SERVICE else known
-                assert top in allowed | own | sys.stdlib_module_names, f"{path.name} imports {top}"
+    own = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
+    for path in PRODUCT:
+        allowed = (known_to_service if path in SERVICE else known) | own | sys.stdlib_module_names
+        assert set(top_level_imports(path)) <= allowed, path
+
+
+def test_what_is_required_is_what_the_product_imports():
+    imported = {name for path in PRODUCT for name in top_level_imports(path)}
+    assert imported_names("requirements.txt") <= imported

@@ -17,14 +17,13 @@ import paddle
 from deploy.common.cli import UserError
 from deploy.common.files import write_whole
 from models.fastflow import FastFlow, FlowStep
-from utils.config import Config, check_known
+from utils.config import Config, check_known, keys_that_decide
 from utils.history import EpochRow
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
 from utils.weights import set_state
 
-# Settings that decide what the parameters mean.
-MODEL_KEYS = ("backbone_name", "input_size", "use_norm", "flow_step", "hidden_ratio", "conv3x3_only", "clamp")
+MODEL_KEYS = keys_that_decide("model")
 
 
 def published_state(model: FastFlow) -> dict[str, np.ndarray]:

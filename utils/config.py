@@ -1,59 +1,207 @@
-"""The configuration: read once, checked once, then passed down."""
+"""The configuration: read once, checked once, then passed down. `python -m utils.config` lists its keys."""
 
 import dataclasses
 import math
+import operator
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deploy.common.cli import UserError
+from deploy.common.cli import ArgumentParser, UserError, run_main
 from deploy.common.plain_yaml import parse_yaml, read_yaml
+
+# Bounds of a number, of a list those of each entry: in a message, in a table, the comparison.
+BOUNDS = {
+    "least": ("at least", "≥", operator.ge),
+    "above": ("greater than", ">", operator.gt),
+    "most": ("at most", "≤", operator.le),
+}
+TITLES = {
+    "en": ("key", "type or choices", "default", "bounds", "meaning"),
+    "zh": ("键", "类型或选项", "默认值", "范围", "含义"),
+}
+
+
+def key(en: str, zh: str, default: Any = dataclasses.MISSING, *, decides: str | None = None, **bounds: float) -> Any:
+    """A key of the configuration, all there is to say of it.
+
+    Args:
+        en: what it means.
+        zh: the same in Chinese.
+        default: its value where a file does not have it; without one every file must.
+        decides: what of a trained checkpoint depends on it: `model`, what its parameters mean, so that no other value
+            will do; `resume`, whether --resume can go on from it; `training`, what further epochs make of it, of which
+            --resume warns. None: nothing.
+        bounds: of those in `BOUNDS`. Without any a number may be whatever its type can hold that is finite.
+    """
+    return dataclasses.field(default=default, metadata={"en": en, "zh": zh, "decides": decides, **bounds})
 
 
 @dataclass(frozen=True)
 class SelectionWeights:
     """Weights of the two AUROCs in the figure that chooses the best checkpoint."""
 
-    image: float = 0.5
-    pixel: float = 0.5
+    image: float = key(
+        "weight of the image AUROC where selection is test_auroc",
+        "selection 为 test_auroc 时图像 AUROC 的权重",
+        0.5,
+        least=0,
+    )
+    pixel: float = key("weight of the pixel AUROC; not both are 0", "像素 AUROC 的权重；两者不能都为 0", 0.5, least=0)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a result. The comments in configs/resnet18.yaml say what each key means."""
+    """Everything that decides a result."""
 
-    backbone_name: str  # models.backbone knows them
-    input_size: int | list[int]
-    use_norm: bool
-    momentum: float
-    flow_step: int
-    hidden_ratio: float
-    conv3x3_only: bool
-    clamp: float
-    channels: list[int] | None = None
-    scales: list[int] | None = None
-    pretrained: Literal["imagenet", "offline"] = "imagenet"
-    mask_rule: Literal["published", "half"] = "published"
-    threshold_rule: Literal["published", "f1", "quantile"] = "published"
-    seed: int = 0
-    epochs: int = 500
-    batch_size: int = 32
-    lr: float = 1e-3
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = 1e-5
-    clip_norm: float = 0.9
-    feature_noise: float = 0.0
-    ema_decay: float = 0.0
-    holdout: float = 0.0
-    eval_interval: int = 1
-    selection: Literal["test_auroc", "last", "val_likelihood"] = "test_auroc"
-    patience: int = 30
-    selection_weights: SelectionWeights = dataclasses.field(default_factory=SelectionWeights)
-    amp: bool = False
-    log_interval: int = 1
+    backbone_name: str = key(
+        "one that models/backbone.py knows, such as resnet18",
+        "models/backbone.py 中的名字，例如 resnet18",
+        decides="model",
+    )
+    input_size: int | list[int] = key(
+        "side of the square pictures in pixels; [height, width] for another shape",
+        "正方形图片的边长，像素；其他形状写 [高, 宽]",
+        decides="model",
+        least=32,
+        most=4096,  # beyond it memory ends, not sense
+    )
+    use_norm: bool = key(
+        "one trainable BatchNorm per scale before the flow", "每个尺度在流之前有一个可训练的 BatchNorm", decides="model"
+    )
+    momentum: float = key(
+        "of that BatchNorm: running = momentum * running + (1 - momentum) * batch",
+        "该 BatchNorm 的动量：滑动值 = 动量 × 滑动值 + (1 - 动量) × 批",
+        decides="training",
+        least=0,
+        most=1,
+    )
+    flow_step: int = key("steps per flow", "每个流的步数", decides="model", least=1, most=64)
+    hidden_ratio: float = key(
+        "hidden channels of a coupling subnet / its input channels",
+        "耦合子网络的隐藏通道数 / 输入通道数",
+        decides="model",
+        above=0,
+        most=64,
+    )
+    conv3x3_only: bool = key(
+        "False: every second step uses 1x1 convolutions", "False：每隔一步使用 1x1 卷积", decides="model"
+    )
+    clamp: float = key(
+        "the log of the coupling's scale stays within (-clamp, clamp)",
+        "耦合层缩放的对数限制在 (-clamp, clamp) 之内",
+        decides="model",
+        above=0,
+    )
+    channels: list[int] | None = key(
+        "of the feature maps; may be left out: they are the backbone's, and checked against it",
+        "各特征图的通道数；可以省略，由骨干网络决定，写出时与其核对",
+        None,
+    )
+    scales: list[int] | None = key(
+        "input size / size of the feature maps; may be left out likewise",
+        "输入尺寸 / 特征图尺寸；同样可以省略",
+        None,
+        least=1,
+    )
+    pretrained: Literal["imagenet", "offline"] = key(
+        "imagenet: real weights, else the offline start with a warning; offline: the offline start at once",
+        "imagenet：真实权重，没有时用离线起点并警告；offline：直接用离线起点",
+        "imagenet",
+    )
+    mask_rule: Literal["published", "half"] = key(
+        "mask pixels that count after the bilinear resize: published: those that are still 255; half: those from 128",
+        "掩码双线性缩放后哪些像素算缺陷：published：仍为 255 的；half：不小于 128 的",
+        "published",
+        decides="training",
+    )
+    threshold_rule: Literal["published", "f1", "quantile"] = key(
+        "how decisions are made: published: above 0.8; f1: by the highest F1 on the test set; quantile: by held-out "
+        "good pictures; eval.py calibrates the last two",
+        "如何判断：published：高于 0.8；f1：测试集上 F1 最高的阈值；quantile：由留出的正常图片定；后两种由 eval.py 标定",
+        "published",
+    )
+    seed: int = key("of all that is random", "所有随机数的种子", 0, decides="training", least=0, most=2**63 - 1)
+    epochs: int = key(
+        "at most; with lr_schedule cosine the learning rate is 0 at the end of the last",
+        "最多训练的轮数；lr_schedule 为 cosine 时学习率在最后一轮结束时为 0",
+        500,
+        least=1,
+        most=1_000_000,  # each checkpoint holds the whole history
+    )
+    batch_size: int = key(
+        "pictures in a step, over all processes", "每步的图片数，各进程合计", 32, decides="training", least=1
+    )
+    lr: float = key("learning rate of Adam", "Adam 的学习率", 1e-3, decides="training", above=0)
+    lr_schedule: Literal["constant", "cosine"] = key(
+        "cosine: rises over the first epochs and falls to 0 at the last of `epochs`",
+        "cosine：前几轮上升，到 `epochs` 的最后一轮降为 0",
+        "constant",
+        decides="training",
+    )
+    weight_decay: float = key(
+        "L2, added to the gradient after clipping", "L2，在梯度裁剪之后加到梯度上", 1e-5, decides="training", least=0
+    )
+    clip_norm: float = key("largest norm of the whole gradient", "整个梯度的范数上限", 0.9, decides="training", above=0)
+    feature_noise: float = key(
+        "standard deviation of noise that training adds to the normalised features; 0: none",
+        "训练时加到归一化特征上的噪声的标准差；0：不加",
+        0.0,
+        decides="training",
+        least=0,
+    )
+    ema_decay: float = key(
+        "of a moving average of the weights, which is what is evaluated and stored; 0: none",
+        "权重滑动平均的衰减，评估和保存的是这个平均；0：不用",
+        0.0,
+        decides="resume",
+        least=0,
+        most=0.9999,
+    )
+    holdout: float = key(
+        "share of the good training pictures that training does not see, for thresholds and selection",
+        "训练不看的正常训练图片的比例，用于阈值和选择",
+        0.0,
+        decides="resume",
+        least=0,
+        most=0.5,
+    )
+    eval_interval: int = key(
+        "epochs between two evaluations on the test set; -1: never",
+        "每隔多少轮在测试集上评估一次；-1：从不",
+        1,
+        least=-1,
+    )
+    selection: Literal["test_auroc", "last", "val_likelihood"] = key(
+        "best checkpoint: test_auroc: by the test set, as published; last: the last epoch; val_likelihood: by the "
+        "held-out pictures",
+        "最佳检查点：test_auroc：按测试集，同原复现；last：最后一轮；val_likelihood：按留出的图片",
+        "test_auroc",
+        decides="resume",
+    )
+    patience: int = key(
+        "epochs without a new best before training stops; with selection last it never does",
+        "多少轮没有新的最佳就停止训练；selection 为 last 时不停",
+        30,
+        least=1,
+    )
+    selection_weights: SelectionWeights = dataclasses.field(
+        default=SelectionWeights(), metadata={"decides": "training"}
+    )
+    amp: bool = key(
+        "True (train.py --amp): mixed precision in training where it is faster",
+        "True（train.py --amp）：训练中在更快的地方使用混合精度",
+        False,
+    )
+    log_interval: int = key(
+        "iterations between two log lines; the first and the last of an epoch are always logged",
+        "每隔多少次迭代写一行日志；每轮的第一次和最后一次总会写",
+        1,
+        least=1,
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,35 +212,6 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, as in the YAML file."""
         return dataclasses.asdict(self)
-
-
-# Keys that make no sense below a bound, of a list each entry; every other number may be anything of its type.
-LOWEST = {
-    "input_size": 32,
-    "scales": 1,
-    "flow_step": 1,
-    "epochs": 1,
-    "batch_size": 1,
-    "eval_interval": -1,
-    "patience": 1,
-    "log_interval": 1,
-    "seed": 0,
-    "weight_decay": 0,
-    "feature_noise": 0,
-    "ema_decay": 0,
-    "holdout": 0,
-    "selection_weights.image": 0,
-    "selection_weights.pixel": 0,
-}
-HIGHEST = {
-    "ema_decay": 0.9999,
-    "holdout": 0.5,
-    "input_size": 4096,  # from here on: beyond it memory ends, not sense
-    "flow_step": 64,
-    "hidden_ratio": 64,
-    "epochs": 1_000_000,  # each checkpoint holds the whole history
-}
-POSITIVE = {"lr", "clip_norm", "clamp", "hidden_ratio"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any) -> Config:
@@ -123,16 +242,12 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     config = _build(Config, values, source, prefix="")
     if isinstance(config.input_size, list) and len(config.input_size) != 2:
         raise UserError(f"{source}: input_size must be a whole number or [height, width], not {config.input_size}")
-    if config.seed >= 2**63:
-        raise UserError(f"{source}: seed must be below 2**63, not {config.seed}")
     if config.selection_weights.image + config.selection_weights.pixel <= 0:
         raise UserError(f"{source}: selection_weights: image and pixel must not both be 0")
     if config.selection == "val_likelihood" and not config.holdout:
         raise UserError(f"{source}: selection val_likelihood needs pictures to measure it on; set holdout, e.g. to 0.1")
     if config.eval_interval == 0:
         raise UserError(f"{source}: eval_interval must be at least 1, or -1 for never, not 0")
-    if not 0 <= config.momentum <= 1:
-        raise UserError(f"{source}: momentum must be between 0 and 1, not {config.momentum}")
     return config
 
 
@@ -142,9 +257,48 @@ def check_known(values: dict[str, Any], source: str) -> None:
     Raises:
         UserError: wrong type, value out of range.
     """
-    for name, type_ in typing.get_type_hints(Config).items():
+    for name, type_, field in _fields(Config):
         if name in values:
-            _check(type_, values[name], source, name)
+            _check(type_, field.metadata, values[name], source, name)
+
+
+def keys_that_decide(what: str) -> list[str]:
+    """Names of the keys that decide it, see `key`."""
+    return [name for name, _, field in _fields(Config) if field.metadata["decides"] == what]
+
+
+def listing(language: str) -> list[tuple[str, ...]]:
+    """A row a key, after one of titles: name, type or choices, default (none: it is needed), bounds, meaning.
+
+    Args:
+        language: `en` or `zh`.
+    """
+    return [TITLES[language], *_rows(Config, language)]
+
+
+def markdown(language: str) -> str:
+    """The listing as a table of the documentation."""
+    titles, *rows = listing(language)
+    names = [(f"`{name}`", *cells) for name, *cells in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, (":--",) * len(titles), *names))
+
+
+def _rows(cls: type, language: str, prefix: str = "") -> Iterator[tuple[str, ...]]:
+    for name, type_, field in _fields(cls):
+        if dataclasses.is_dataclass(type_):
+            yield from _rows(type_, language, f"{name}.")
+            continue
+        kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, Literal) else [type_]
+        default = {dataclasses.MISSING: "", None: "null"}.get(field.default, str(field.default))
+        bounds = ", ".join(f"{sign} {field.metadata[b]}" for b, (_, sign, _) in BOUNDS.items() if b in field.metadata)
+        names = ", ".join(k.__name__ if type(k) is type else str(k) for k in kinds if k is not types.NoneType)
+        yield prefix + name, names, default, bounds, field.metadata[language]
+
+
+def _fields(cls: type) -> list[tuple[str, Any, dataclasses.Field]]:
+    """Name, type and field of each key."""
+    hints = typing.get_type_hints(cls)
+    return [(field.name, hints[field.name], field) for field in dataclasses.fields(cls)]
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -164,37 +318,37 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _build(cls: type, values: dict[Any, Any], source: str, prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            known = ", ".join(prefix + name for name in fields)
-            raise UserError(f"{source}: unknown key {prefix}{key}; known keys: {known}")
-    types_ = typing.get_type_hints(cls)
+    fields = _fields(cls)
+    names = [name for name, _, _ in fields]
+    for name in values:
+        if name not in names:
+            known = ", ".join(prefix + name for name in names)
+            raise UserError(f"{source}: unknown key {prefix}{name}; known keys: {known}")
     arguments = {}
-    for name, field in fields.items():
+    for name, type_, field in fields:
         if name in values:
-            arguments[name] = _check(types_[name], values[name], source, prefix + name)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            arguments[name] = _check(type_, field.metadata, values[name], source, prefix + name)
+        elif field.default is dataclasses.MISSING:
             raise UserError(f"{source}: key {prefix}{name} is missing; configs/resnet18.yaml has them all")
     return cls(**arguments)
 
 
-def _check(type_: Any, value: Any, source: str, key: str) -> Any:
+def _check(type_: Any, bounds: Mapping[str, Any], value: Any, source: str, name: str) -> Any:
     """Return `value` as `type_`, or raise one line that says what the key takes."""
 
     def refuse(wanted: str) -> UserError:
-        return UserError(f"{source}: {key} must be {wanted}, not {value!r}")
+        return UserError(f"{source}: {name} must be {wanted}, not {value!r}")
 
     if dataclasses.is_dataclass(type_):
         if not isinstance(value, dict):
             raise refuse("a group of keys")
-        return _build(type_, value, source, prefix=f"{key}.")
+        return _build(type_, value, source, prefix=f"{name}.")
     origin = typing.get_origin(type_)
     if origin is types.UnionType:  # of a list and one other
         if value is None and types.NoneType in typing.get_args(type_):
             return None
         (type_,) = (t for t in typing.get_args(type_) if (typing.get_origin(t) is list) == isinstance(value, list))
-        return _check(type_, value, source, key)
+        return _check(type_, bounds, value, source, name)
     if origin is Literal:
         choices = typing.get_args(type_)
         if not isinstance(value, str) or value not in choices:
@@ -204,7 +358,7 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
         (item,) = typing.get_args(type_)
         if not isinstance(value, list):
             raise refuse("a list")
-        return [_check(item, entry, source, f"{key}[{i}]") for i, entry in enumerate(value)]
+        return [_check(item, bounds, entry, source, f"{name}[{i}]") for i, entry in enumerate(value)]
     if type_ is float:
         value = _number(value)  # YAML reads 1e-3 as text
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", types.NoneType: "a list"}
@@ -212,13 +366,9 @@ def _check(type_: Any, value: Any, source: str, key: str) -> Any:
         raise refuse(names[type_])
     if type_ is float and not math.isfinite(value):
         raise refuse("a finite number")
-    bound = key.partition("[")[0]
-    if bound in LOWEST and not value >= LOWEST[bound]:  # not >=: refuses NaN too
-        raise refuse(f"at least {LOWEST[bound]}")
-    if bound in HIGHEST and value > HIGHEST[bound]:
-        raise refuse(f"at most {HIGHEST[bound]}")
-    if key in POSITIVE and not value > 0:
-        raise refuse("greater than 0")
+    for bound, (words, _, holds) in BOUNDS.items():
+        if bound in bounds and not holds(value, bounds[bound]):
+            raise refuse(f"{words} {bounds[bound]}")
     return value
 
 
@@ -229,3 +379,20 @@ def _number(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return value
+
+
+def main() -> None:
+    parser = ArgumentParser(description="List the keys of a config: name, type or choices, default, bounds, meaning.")
+    parser.add_argument("--markdown", choices=TITLES, help="as the table of the documentation in this language")
+    args = parser.parse_args()
+    if args.markdown:
+        print(markdown(args.markdown))
+        return
+    rows = listing("en")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -16,20 +16,15 @@ from models.fastflow import FastFlow, negative_log_likelihood
 from utils import distributed
 from utils.averaging import WeightAverage
 from utils.checkpoint import fill_model, history_of, load_checkpoint, not_ours, published_state
-from utils.config import Config
+from utils.config import Config, keys_that_decide
 from utils.features import FeatureCache
 from utils.history import EpochRow, selection_value
 from utils.log import IterationTimes
 from utils.loss_scale import LossScale
 
 WARM_UP = 0.025  # of all steps: one epoch of 40
-# Settings that a training cannot change half-way.
-RESUME_KEYS = ("selection", "holdout", "ema_decay")
-# Settings that it may change, but then it is another one.
-TRAINING_KEYS = (
-    *("batch_size", "clip_norm", "feature_noise", "lr", "lr_schedule", "momentum", "seed", "weight_decay"),
-    *("mask_rule", "selection_weights"),  # of what chooses the best epoch
-)
+RESUME_KEYS = keys_that_decide("resume")
+TRAINING_KEYS = keys_that_decide("training")
 
 
 def build_optimizer(model: FastFlow, config: Config) -> paddle.optimizer.Adam:
