@@ -121,7 +121,7 @@ class Config:
     threshold_rule: Literal["published", "f1", "quantile"] = key(
         "how decisions are made: published: above 0.8; f1: by the highest F1 on the test set; quantile: by held-out "
         "good pictures; eval.py calibrates the last two",
-        "如何判断：published：高于 0.8；f1：测试集上 F1 最高的阈值；quantile：由留出的正常图片定；后两种由 eval.py 标定",
+        "如何判断：published：高于 0.8；f1：测试集上 F1 最高的阈值；quantile：由留出的正常图片定；后两种由 eval.py 定",
         "published",
     )
     seed: int = key("of all that is random", "所有随机数的种子", 0, decides="training", least=0, most=2**63 - 1)
