@@ -28,6 +28,7 @@ from utils.log import make_logger
 from utils.thresholds import load_thresholds
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 DATA = ["--data", str(ROOT / "lite_data"), "-cat", "bottle", "--exp_dir", "exp"]
 # What chooses the best epoch: the test set; the last one, with a moving average and held-out pictures.
 BY_TEST_SET = ["-cfg", str(ROOT / "configs/resnet18.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]

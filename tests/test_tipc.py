@@ -760,6 +760,7 @@ def run_real(root, exported, chain, mode, changes):
     )
 
 
+@pytest.mark.slow
 @needs_converter("onnxruntime")
 def test_paddle2onnx_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "paddle2onnx_infer_python", "whole_infer", {})
@@ -767,6 +768,7 @@ def test_paddle2onnx_for_real(tmp_path, exported):
     assert "26 pictures agree" in done.stdout
 
 
+@pytest.mark.slow
 def test_serving_for_real(tmp_path, exported):
     # One epoch of so small a model tells good from bad at no picture for sure.
     unlabelled = {39: "null:null", 40: "null:null"}
@@ -775,6 +777,7 @@ def test_serving_for_real(tmp_path, exported):
     assert "26 pictures agree" in done.stdout and "Run successfully with command - " in done.stdout
 
 
+@pytest.mark.slow
 @needs_converter()
 def test_ptq_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_ptq_infer_python", "whole_infer", {})
@@ -785,12 +788,14 @@ def test_ptq_for_real(tmp_path, exported):
 TRAINING_ONLY = {6: "--epochs:1", 22: "norm_export:null", 27: "inference:null"}
 
 
+@pytest.mark.slow
 def test_amp_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_amp_infer_python", LITE, TRAINING_ONLY)
     assert "mixed precision: " in done.stdout
     assert done.returncode == (3 if "compute in float32" in done.stdout else 0), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_fleet_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_fleet_infer_python", LITE, TRAINING_ONLY)
     assert done.returncode == 0, done.stdout + done.stderr
