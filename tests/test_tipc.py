@@ -26,7 +26,7 @@ LITE = "lite_train_lite_infer"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC scripts need bash")
 
-FAKE_PYTHON = f"""#!{sys.executable}
+FAKE_PYTHON = f"""#!{sys.executable} -SE
 import json, os, signal, sys, time
 words = sys.argv[1:]
 with open(os.environ["CALLS"], "a") as calls:
