@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed-dev
 	@$(MAKE) --no-print-directory $(BENCH_ENV)/.installed || echo "no anomalib here; benchmarks/README.md says what it needs"

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,21 @@ from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core; more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 runtime.setup()  # before any test module imports paddle
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: a worker for each core, and no more than there are files that take long."""
+    return min(runtime.available_cores(), 8)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that workers who take a file at a time end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,13 @@ from pathlib import Path
 
 MODULES = ("train", "eval", "predict", "deploy.export_model", "deploy.infer")
 # What the commands import when they get to it; the server that forks has it all.
-LATER = ("matplotlib.backends.backend_agg", "models.export_form", "utils.averaging", "utils.evaluation")
+LATER = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "models.export_form",
+    "utils.averaging",
+    "utils.evaluation",
+)
 
 
 def start(
@@ -23,6 +29,7 @@ def start(
     environ: Mapping[str, str] | None = None,
     kill_at_rename: int = 0,
     largest_file: int = 0,
+    draws: bool = False,
 ) -> multiprocessing.Process:
     """The process of `module.main` in this folder; what it says goes to `outputs` there.
 
@@ -30,11 +37,13 @@ def start(
         environ: its environment; None for that of the caller.
         kill_at_rename: it ends by kill -9 just before it gives the n-th file its name; 0 for never.
         largest_file: bytes beyond which it cannot write a file; 0 for any.
+        draws: its figures are drawn. They take as long as a small model's training, so each is one dot otherwise.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tests.forked_server"])
     variables = dict(os.environ if environ is None else environ)
-    process = context.Process(target=_run, args=(module, options, folder, variables, kill_at_rename, largest_file))
+    hazards = kill_at_rename, largest_file
+    process = context.Process(target=_run, args=(module, options, folder, variables, *hazards, draws))
     process.start()
     return process
 
@@ -45,14 +54,19 @@ def outputs(folder: Path, pid: int) -> tuple[Path, Path]:
 
 
 def run(
-    script: str, options: Sequence[str], folder: Path, environ: Mapping[str, str] | None = None, seconds: float = 300
+    script: str,
+    options: Sequence[str],
+    folder: Path,
+    environ: Mapping[str, str] | None = None,
+    draws: bool = False,
+    seconds: float = 300,
 ) -> subprocess.CompletedProcess:
-    """Run a script of the repository to its end, like `subprocess.run` with texts captured.
+    """Run a script of the repository to its end, like `subprocess.run` with texts captured; `draws` as in `start`.
 
     Raises:
         subprocess.TimeoutExpired: it takes longer than that.
     """
-    process = start(script.removesuffix(".py").replace("/", "."), options, folder, environ)
+    process = start(script.removesuffix(".py").replace("/", "."), options, folder, environ, draws=draws)
     process.join(seconds)
     said = outputs(folder, process.pid)
     if process.exitcode is None:
@@ -71,7 +85,11 @@ def _run(
     environ: Mapping[str, str],
     kill_at_rename: int,
     largest_file: int,
+    draws: bool,
 ) -> None:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
     from deploy.common.cli import run_main
 
     os.chdir(folder)
@@ -89,6 +107,8 @@ def _run(
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+    if not draws:
+        Figure.savefig = lambda figure, path, **_: Image.new("L", (1, 1)).save(path)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [module, *options]

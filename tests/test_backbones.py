@@ -130,6 +130,7 @@ def test_a_checkpoint_of_another_backbone_is_a_line_that_names_both(trained, sav
     assert f"give -cfg {saved.parent / 'config.yaml'} or -o backbone_name={trained.name}" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_exported_model_gives_the_same_maps(trained, saved, monkeypatch):
     monkeypatch.chdir(saved.parents[3])
     options = ["-cfg", str(ROOT / f"configs/{trained.name}.yaml"), "--exp_dir", "exp", "-cat", "part"]

@@ -214,6 +214,7 @@ def check_all(loaded, images, results, batch_size):
         assert labels[0] == labels[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_over_the_whole_test_set_at_the_published_size(full_size, full_results, backend):
     loaded = load_exported(full_size[1], backend, Options(threads=2))
@@ -221,6 +222,7 @@ def test_a_backend_agrees_over_the_whole_test_set_at_the_published_size(full_siz
         check_all(loaded, *full_results, batch_size)
 
 
+@pytest.mark.slow
 @needs_converter("openvino")
 def test_openvino_with_winograd_agrees_too(full_size, full_results):
     loaded = load_exported(full_size[1], "openvino", Options(threads=2, usual_batches=(8,), winograd=True))
@@ -235,6 +237,7 @@ def real_results(full_size, mvtec):
     return [(part, expected(full_size[0], part)) for part in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_over_the_real_test_set(full_size, real_results, backend):
     loaded = load_exported(full_size[1], backend, Options(threads=2, usual_batches=(8,)))
@@ -254,6 +257,7 @@ np.save("scores.npy", np.concatenate([model.run(images[:count])[2] for count in 
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_with_onednn_whose_first_batch_is_8(full_size, full_results, tmp_path):
     """With constants on the right of a matmul two of four such processes crashed, see `models.fastflow.BothAxes`.
 
@@ -330,6 +334,7 @@ def test_the_onnx_model_carries_the_same(exported, tmp_path):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.slow
 @needs_converter()
 def test_an_export_leaves_nothing_of_another_format(exported):
     folder = exported / "formats"

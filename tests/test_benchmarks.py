@@ -112,6 +112,7 @@ def test_a_drawn_bottle_has_bottles_layout(tmp_path):
     assert spread([0, 1, 2, 3, 4], 3) == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_worker_answers_and_reports_what_fails():
     worker = Worker(make_contenders(1, 1)[OURS])
     try:
@@ -125,6 +126,7 @@ def test_a_worker_answers_and_reports_what_fails():
         worker.stop()
 
 
+@pytest.mark.slow
 @needs_converter("openvino")
 def test_exported_models_are_measured(tmp_path):
     worker = Worker(make_contenders(1, 1)[OURS])

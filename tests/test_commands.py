@@ -24,6 +24,7 @@ from tests import forked
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 # A model small enough for seconds; `pretrained: offline` so that nothing waits for a network.
 TINY = ["-o", "input_size=64", "-o", "flow_step=1", "-o", "pretrained=offline"]
 
@@ -45,29 +46,29 @@ class Workplace:
         for name in ("configs", "lite_data", "images"):
             (folder / name).symlink_to(ROOT / name)
 
-    def run(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
-        return forked.run(script, list(map(str, options)), self.folder, {**without_weights(), **environment})
+    def run(self, script: str, *options: object, draws: bool = False) -> subprocess.CompletedProcess:
+        return forked.run(script, list(map(str, options)), self.folder, without_weights(), draws)
 
-    def succeed(self, script: str, *options: object, **environment: str) -> subprocess.CompletedProcess:
-        done = self.run(script, *options, **environment)
+    def succeed(self, script: str, *options: object, draws: bool = False) -> subprocess.CompletedProcess:
+        done = self.run(script, *options, draws=draws)
         assert done.returncode == 0, done.stderr
         return done
 
-    def fail(self, script: str, *options: object, **environment: str) -> str:
+    def fail(self, script: str, *options: object) -> str:
         """Run a command that must fail with one line on stderr; return the line."""
-        done = self.run(script, *options, **environment)
+        done = self.run(script, *options)
         lines = done.stderr.strip().splitlines()
         assert done.returncode != 0
         assert len(lines) == 1, done.stderr
         return lines[0]
 
-    def train(self, exp_dir: str, *options: object) -> subprocess.CompletedProcess:
+    def train(self, exp_dir: str, *options: object, draws: bool = False) -> subprocess.CompletedProcess:
         common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", "-cat", "bottle", *TINY)
-        return self.succeed("train.py", *common, "--exp_dir", exp_dir, *options)
+        return self.succeed("train.py", *common, "--exp_dir", exp_dir, *options, draws=draws)
 
-    def evaluate(self, exp_dir: str, *options: object) -> subprocess.CompletedProcess:
+    def evaluate(self, exp_dir: str, *options: object, draws: bool = False) -> subprocess.CompletedProcess:
         common = ("-cfg", "configs/resnet18.yaml", "--data", "./lite_data", *TINY, "--threshold_rule", "f1")
-        return self.succeed("eval.py", *common, "--exp_dir", exp_dir, *options)
+        return self.succeed("eval.py", *common, "--exp_dir", exp_dir, *options, draws=draws)
 
     def result(self, exp_dir: str, category: str = "bottle") -> dict:
         return json.loads((self.folder / "results" / exp_dir / "eval.json").read_text())["categories"][category]
@@ -92,7 +93,7 @@ class Workplace:
 def workplace(tmp_path_factory):
     """A workplace with one training of three epochs, evaluated and exported."""
     workplace = Workplace(tmp_path_factory.mktemp("workplace"))
-    workplace.training = workplace.train("exp", "--epochs", 3, "--batch_size", 16)
+    workplace.training = workplace.train("exp", "--epochs", 3, "--batch_size", 16, draws=True)
     workplace.evaluate("exp")
     workplace.succeed(
         "deploy/export_model.py", "-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir=exp", "--category=bottle"
@@ -114,6 +115,7 @@ def test_training_leaves_its_files(workplace):
     expected = {"best.pdparams", "last.pdparams", "train.log", "config.yaml", "history.csv", "curves.png"}
     assert expected <= names
     assert not any(name.startswith(".") for name in names), "temporary files are left"
+    assert read_rgb(folder / "curves.png").shape == (400, 1000, 3)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["input_size"] == 64
     assert config["epochs"] == 3
@@ -335,7 +337,7 @@ def test_eval_prints_all_figures_on_demand(workplace):
 
 
 def test_eval_leaves_tables_and_pictures(workplace):
-    workplace.evaluate("exp")
+    workplace.evaluate("exp", draws=True)
     folder = workplace.folder / "results/exp"
     figures = workplace.result("exp")
     with open(folder / "eval.csv", newline="") as file:
@@ -346,8 +348,9 @@ def test_eval_leaves_tables_and_pictures(workplace):
     assert f"| bottle | {100 * figures['pixel_auroc']:.2f} | {100 * figures['image_auroc']:.2f} |" in text
     assert "98.0" in text
     assert "over 1 category" in text
-    pictures = {path.name for path in (folder / "bottle/evaluation").iterdir()}
-    assert pictures == {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
+    pictures = {path.name: read_rgb(path) for path in (folder / "bottle/evaluation").iterdir()}
+    assert set(pictures) == {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
+    assert (pictures["roc.png"].shape, pictures["scores.png"].shape) == ((500, 500, 3), (400, 700, 3))
 
 
 def test_eval_stores_thresholds_that_give_the_f1s_of_the_table(workplace):
@@ -862,9 +865,9 @@ def test_stable_training_stores_the_average_the_held_out_pictures_and_the_last_e
 
 def test_stable_training_resumes_to_the_same_losses(workplace):
     options = (*STABLE, "--batch_size", 8, "-o", "lr_schedule=constant", "-o", "feature_noise=0.1")
-    workplace.train("stable_whole", *options, "--epochs", 3)
-    workplace.train("stable_stopped", *options, "--epochs", 2)
-    workplace.train("stable_stopped", *options, "--epochs", 3, "--resume")
+    workplace.train("stable_whole", *options, "--epochs", 2)
+    workplace.train("stable_stopped", *options, "--epochs", 1)
+    workplace.train("stable_stopped", *options, "--epochs", 2, "--resume")
     whole, resumed = workplace.history("stable_whole"), workplace.history("stable_stopped")
     for key in ("epoch", "loss", "val_loss", "image_auroc", "pixel_auroc"):
         assert [row[key] for row in resumed] == [row[key] for row in whole], key

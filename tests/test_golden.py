@@ -80,6 +80,7 @@ def test_evaluation(model, golden):
     close(smoothed.numpy(), maps["smoothed"])
 
 
+@pytest.mark.slow
 def test_training(model, golden, config):
     model.train()
     optimizer = build_optimizer(model, config)

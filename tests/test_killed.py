@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-import json
+import itertools
 import random
 import re
 import shutil
@@ -19,7 +19,6 @@ import pytest
 from deploy import export_model
 from deploy.backends import model_files
 from deploy.common.cli import UserError
-from deploy.common.imaging import read_rgb
 from deploy.infer import read_description
 from tests.forked import outputs, start
 from tests.test_files import recorded
@@ -29,6 +28,7 @@ from utils.log import make_logger
 from utils.thresholds import load_thresholds
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 DATA = ["--data", str(ROOT / "lite_data"), "-cat", "bottle", "--exp_dir", "exp"]
 # What chooses the best epoch: the test set; the last one, with a moving average and held-out pictures.
 BY_TEST_SET = ["-cfg", str(ROOT / "configs/resnet18.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
@@ -130,19 +130,30 @@ def trained(tmp_path_factory):
     return train
 
 
-PATIENT = [*BY_TEST_SET, "--epochs", "16", "-o", "patience=5", "-o", "lr=0.02"]
-TRAININGS = {"test_auroc": (PATIENT, 20), "moving average": ([*STABLE, "--epochs", "10"], 15)}
+def kill_before_every_file(check, folder, module, *options):
+    """Run a command until it comes to its end, killed before it names its first file, its second and so on.
+
+    `check` is called after every kill, with the number of files that had their names. Returns how often it was killed.
+    """
+    for named in itertools.count():
+        code, output = finish(folder, module, *options, kill_at_rename=named + 1, draws=module == "eval")
+        if code == 0:
+            return named
+        assert code == -signal.SIGKILL, output
+        check(named)
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_path, trained, name):
-    options, kills = TRAININGS[name]
+def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_path, trained):
+    """At random moments; it holds out pictures, keeps a moving average, and ends when it has waited for a new best."""
+    options = [*BY_TEST_SET, "--epochs", "16", "-o", "patience=3", "-o", "ema_decay=0.7", "-o", "holdout=0.1"]
+    options += ["-o", "lr=0.02", "-o", "seed=3"]
     whole, to_start, an_epoch = trained(options)
     expected = table(whole)
-    chance = random.Random(name)
+    assert 1 < load_checkpoint(whole / FOLDER / "best.pdparams")["epoch"] < len(expected) < 16
+    chance = random.Random("training")
     killed = 0
     last = tmp_path / FOLDER / "last.pdparams"
-    while killed < kills:
+    while killed < 20:
         finished = last.exists() and load_checkpoint(last)["epoch"] == len(expected)
         resume = [] if finished else ["--resume"]  # a finished training would leave nothing to kill
         seconds = chance.uniform(0, to_start + 2 * an_epoch)
@@ -154,6 +165,17 @@ def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_p
     assert_same_training(whole, tmp_path)
     # One that starts anew after the last epoch, killed before its first checkpoint, leaves what nobody writes again.
     assert {path.name for path in unfinished(tmp_path)} <= ({".last.part.pdparams"} if complete else set())
+
+
+@pytest.mark.parametrize("config", [BY_TEST_SET, STABLE], ids=["test_auroc", "moving average"])
+def test_a_training_that_is_killed_before_each_of_its_files_goes_on_to_the_same_end(tmp_path, trained, config):
+    options = [*config, "--epochs", "2"]
+    whole, _, _ = trained(options)
+    command = ["train", *options, *TRAIN, "--resume"]
+    kills = kill_before_every_file(lambda _: assert_usable(tmp_path, table(whole)), tmp_path, *command)
+    assert kills >= 5  # a checkpoint, the best one, history and config; then the next checkpoint
+    assert_same_training(whole, tmp_path)
+    assert not unfinished(tmp_path)
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3, 4, 5])
@@ -173,50 +195,46 @@ def test_a_training_that_is_killed_between_two_files_over_an_older_one_goes_on(t
     assert_same_training(whole, tmp_path)
 
 
-def test_an_evaluation_that_is_killed_again_and_again_comes_to_the_same_end(tmp_path, trained):
-    whole, _, _ = trained(PATIENT)
-    shutil.copytree(whole / "results", tmp_path / "results")
-    before = {name: (tmp_path / FOLDER / name).read_bytes() for name in (*CHECKPOINTS, "history.csv")}
+def test_an_evaluation_that_is_killed_before_each_of_its_files_comes_to_the_same_end(tmp_path, trained):
+    older, _, _ = trained([*BY_TEST_SET, "--epochs", "1"])
     command = [*BY_TEST_SET, *DATA, "--save_maps"]
-    begun = time.perf_counter()
-    assert finish(whole, "eval", *command)[0] == 0
-    seconds = time.perf_counter() - begun
-    chance, killed = random.Random("evaluation"), 0
-    while killed < 8:
-        killed += kill_after(chance.uniform(seconds / 4, seconds), tmp_path, "eval", *command)
-        load_thresholds(tmp_path / FOLDER / "best.pdparams")
-        for path in tmp_path.rglob("*.json"):
-            json.loads(path.read_text())
-        for path in tmp_path.rglob("[!.]*.npz"):
-            np.load(path)["smoothed"]
-        for path in (*tmp_path.rglob("[!.]*.png"), *tmp_path.rglob("[!.]*.jpg")):
-            read_rgb(path)
-    code, output = finish(tmp_path, "eval", *command)
-    assert code == 0, output
-    assert (tmp_path / "results/exp/eval.json").read_text() == (whole / "results/exp/eval.json").read_text()
-    assert {name: (tmp_path / FOLDER / name).read_bytes() for name in before} == before
-    assert not unfinished(tmp_path)
+    for name in ("whole", "killed"):
+        shutil.copytree(older / "results", tmp_path / name / "results")
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert finish(whole, "eval", *command, draws=True)[0] == 0
+    files = {path.relative_to(whole): path.read_bytes() for path in (whole / "results").rglob("[!.]*.*")}
+    made = {path for path in files if not (older / path).exists()}
+    assert len(made) == 9
+
+    def check(named):
+        load_thresholds(folder / FOLDER / "best.pdparams")
+        there = [path for path in made if (folder / path).exists()]
+        assert len(there) == named
+        assert all((folder / path).read_bytes() == files[path] for path in there)
+
+    assert kill_before_every_file(check, folder, "eval", *command) == len(made)
+    assert {path: (folder / path).read_bytes() for path in files} == files
+    assert not unfinished(folder)
 
 
-def test_an_export_that_is_killed_again_and_again_comes_to_the_same_end(tmp_path, trained):
-    whole, _, _ = trained(PATIENT)
-    shutil.copytree(whole / "results", tmp_path / "results")
-    best = (tmp_path / FOLDER / "best.pdparams").read_bytes()
+def test_an_export_that_is_killed_before_each_of_its_files_comes_to_the_same_end(tmp_path, trained):
+    older, _, _ = trained([*BY_TEST_SET, "--epochs", "1"])
     command = [*BY_TEST_SET, "-cat", "bottle", "--exp_dir", "exp"]
-    begun = time.perf_counter()
+    for name in ("whole", "killed"):
+        shutil.copytree(older / "results", tmp_path / name / "results")
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
     assert finish(whole, "deploy.export_model", *command)[0] == 0
-    seconds = time.perf_counter() - begun
     expected = read_description(whole / "results/inference")
-    chance, killed = random.Random("export"), 0
-    while killed < 7:
-        killed += kill_after(chance.uniform(seconds / 4, seconds), tmp_path, "deploy.export_model", *command)
+    best = (folder / FOLDER / "best.pdparams").read_bytes()
+
+    def check(named):
         with contextlib.suppress(UserError):  # says that files are missing or do not belong together
-            assert read_description(tmp_path / "results/inference") == expected
-    code, output = finish(tmp_path, "deploy.export_model", *command)
-    assert code == 0, output
-    assert read_description(tmp_path / "results/inference") == expected
-    assert (tmp_path / FOLDER / "best.pdparams").read_bytes() == best
-    assert not unfinished(tmp_path)
+            assert read_description(folder / "results/inference") == expected
+
+    assert kill_before_every_file(check, folder, "deploy.export_model", *command) == 3
+    assert read_description(folder / "results/inference") == expected
+    assert (folder / FOLDER / "best.pdparams").read_bytes() == best
+    assert not unfinished(folder)
 
 
 # ---- two in one folder
@@ -297,10 +315,10 @@ def test_an_evaluation_onto_a_full_disk_is_one_line_and_keeps_the_files_before(t
     whole, _, _ = trained([*BY_TEST_SET, "--epochs", "1"])
     shutil.copytree(whole / "results", tmp_path / "results")
     command = [*BY_TEST_SET, *DATA]
-    assert finish(tmp_path, "eval", *command)[0] == 0
+    assert finish(tmp_path, "eval", *command, draws=True)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
     for largest_file in (100, 1000, 10_000):
-        code, output = finish(tmp_path, "eval", *command, largest_file=largest_file)
+        code, output = finish(tmp_path, "eval", *command, largest_file=largest_file, draws=True)
         assert code == 2, output
         assert re.search(r"^error: \S+: cannot be written \(File too large\)$", output, re.MULTILINE)
         assert "Traceback" not in output

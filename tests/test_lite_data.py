@@ -11,6 +11,7 @@ import pytest
 from datasets import lite_data
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 DEFECT_KINDS = ("broken_large", "broken_small", "contamination")
 NOTICEABLE = 4 / 255
 

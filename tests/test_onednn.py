@@ -2,6 +2,7 @@
 
 import ctypes.util
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,7 @@ def test_activations_are_used_again(config, random, monkeypatch):
     assert len(made) <= 3 * len(flow.module_list)
 
 
+@pytest.mark.slow
 @needs_onednn
 def test_training_gives_the_same_losses(config, random, without_onednn):
     config = dataclasses.replace(config, input_size=64, pretrained="offline")
@@ -399,11 +401,14 @@ print(set(found), len(found))
 """
 
 
+@pytest.mark.slow
 @needs_onednn
 def test_threads_that_ask_at_once():
     """What they compare has memory in common; without a lock the process crashed."""
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", FROM_THREADS], cwd=root, capture_output=True, text=True, timeout=100)
+    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FROM_THREADS]
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=100)
     assert done.stdout == "{None} 45\n", done.stderr
 
 

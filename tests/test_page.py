@@ -14,6 +14,7 @@ from tests.serving import HOSTILE, Process
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD, BAD = ROOT / "images/bottle_good.png", ROOT / "images/bottle_bad.png"
+pytestmark = pytest.mark.slow
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 expect = sync_api.expect

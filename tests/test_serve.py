@@ -406,10 +406,12 @@ def server(exported, tmp_path_factory):
         yield process
 
 
+@pytest.mark.slow
 def test_it_says_what_it_serves_and_where(server):
     assert re.fullmatch(r"serving bottle, second at http://127\.0\.0\.1:\d+\n", server.line)
 
 
+@pytest.mark.slow
 def test_its_scores_are_those_of_infer(server, exported):
     pictures = sorted((ROOT / "images").glob("bottle_*.png"))
     command = [sys.executable, ROOT / "deploy/infer.py", "--save_inference_dir", exported]
@@ -422,6 +424,7 @@ def test_its_scores_are_those_of_infer(server, exported):
                 assert line.endswith(f"{said['label']} - score:  {said['score']:.3f}")
 
 
+@pytest.mark.slow
 def test_sixteen_clients_get_the_answers_that_one_gets(server):
     pictures = [path.read_bytes() for path in sorted((ROOT / "lite_data/bottle/test").glob("*/*.png"))]
     with httpx2.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(16) as pool:
@@ -431,6 +434,7 @@ def test_sixteen_clients_get_the_answers_that_one_gets(server):
     assert max(said["batch_size"] for said in together) > 1
 
 
+@pytest.mark.slow
 def test_it_outlives_hostile_uploads(server):
     with httpx2.Client(base_url=server.url, timeout=60) as client:
         for trouble, (name, content, status) in HOSTILE.items():
@@ -444,6 +448,7 @@ def load(*options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_load_of_the_benchmark_counts_answers_and_errors(server):
     done = load("--url", server.url)
     assert done.returncode == 0, done.stderr
@@ -457,6 +462,7 @@ def test_the_load_of_the_benchmark_counts_answers_and_errors(server):
     assert (done.returncode, str(free) in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_at_sigterm_it_answers_what_it_took_on_and_ends_with_0(exported):
     with Process("--models", exported) as process:
         host, port = process.url.removeprefix("http://").split(":")
@@ -478,6 +484,7 @@ def test_at_sigterm_it_answers_what_it_took_on_and_ends_with_0(exported):
         assert process.end() == (0, "")
 
 
+@pytest.mark.slow
 def test_how_long_an_upload_may_take_is_an_option(exported):
     with Process("--models", exported, "--upload_seconds", 1) as process:
         connection = http.client.HTTPConnection(process.url.removeprefix("http://"), timeout=20)
@@ -489,6 +496,7 @@ def test_how_long_an_upload_may_take_is_an_option(exported):
         assert (answer.status, json.loads(answer.read())["detail"]) == (408, "the upload took more than 1 seconds")
 
 
+@pytest.mark.slow
 def test_more_than_one_signal_does_not_kill_it(exported):
     with Process("--models", exported) as process:
         given_up = time.monotonic() + 30
@@ -507,6 +515,7 @@ def failing(*options):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_bad_options_are_one_line(exported, tmp_path):
     assert str(tmp_path) in failing("--models", tmp_path)
     assert "bottle" in failing("--models", f"{exported},{exported}")

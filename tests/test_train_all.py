@@ -26,6 +26,7 @@ from utils.config import load_config
 from utils.history import EpochRow, finished
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 
 TRAIN = """
 import argparse, json, os, pickle, sys, time
