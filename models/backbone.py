@@ -59,7 +59,7 @@ def resnet(name: str) -> Backbone:
     )
 
 
-# README.md shows how to add one.
+# docs/en/development.md shows how to add one.
 BACKBONES: dict[str, Backbone] = {
     "resnet18": resnet("resnet18"),
     "resnet34": resnet("resnet34"),
