@@ -136,7 +136,7 @@ def kill_before_every_file(check, folder, module, *options):
     `check` is called after every kill, with the number of files that had their names. Returns how often it was killed.
     """
     for named in itertools.count():
-        code, output = finish(folder, module, *options, kill_at_rename=named + 1, draws=module == "eval")
+        code, output = finish(folder, module, *options, kill_at_rename=named + 1)
         if code == 0:
             return named
         assert code == -signal.SIGKILL, output
@@ -201,7 +201,7 @@ def test_an_evaluation_that_is_killed_before_each_of_its_files_comes_to_the_same
     for name in ("whole", "killed"):
         shutil.copytree(older / "results", tmp_path / name / "results")
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    assert finish(whole, "eval", *command, draws=True)[0] == 0
+    assert finish(whole, "eval", *command)[0] == 0
     files = {path.relative_to(whole): path.read_bytes() for path in (whole / "results").rglob("[!.]*.*")}
     made = {path for path in files if not (older / path).exists()}
     assert len(made) == 9
