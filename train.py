@@ -94,7 +94,7 @@ def main() -> None:
         backbone = checkpoint["backbone"]
     else:
         backbone = load_backbone(model.feature_extractor, config, args.backbone_weights, train_pictures)
-    distributed.same_start(model)
+    distributed.train_together(model)
     budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
     extractor, size = model.feature_extractor, config.size
     train_features = FeatureCache(extractor, train_pictures, size, budget, "training pictures")
