@@ -264,6 +264,32 @@ def test_new_weights_of_the_backbone_are_noticed(backbone, random):
     assert_features_agree(backbone(images), backbone._plain(images))
 
 
+def one_bit(weight):
+    weight.view(np.uint32)[-1, -1, -1, -1] ^= 1
+    return weight
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.conv2.weight", "layer3.1.conv1.weight"])
+@pytest.mark.parametrize(
+    "change", [lambda w: w[:, ::-1], lambda w: np.roll(w, 1, axis=0), lambda w: w[:, :, ::-1, ::-1], one_bit]
+)
+def test_weights_that_change_places_are_noticed(backbone, name, change):
+    before, parameter = cpu_resnet._checksum(backbone), dict(backbone.named_parameters())[name]
+    assert cpu_resnet._checksum(backbone) == before
+    parameter.set_value(np.ascontiguousarray(change(parameter.numpy())))
+    assert cpu_resnet._checksum(backbone) != before
+
+
+@needs_onednn
+def test_red_and_blue_exchanged_in_the_weights(backbone, random):
+    images = tensor(random, 1, 3, 64, 64)
+    before = backbone(images)
+    backbone.conv1.weight.set_value(backbone.conv1.weight.numpy()[:, ::-1].copy())
+    assert_features_agree(backbone(images), backbone._plain(images))
+    assert (backbone(images)[0] - before[0]).abs().max().item() > 0.01
+
+
 @needs_onednn
 def test_networks_it_does_not_know_go_the_plain_way(random):
     model = with_statistics(vision.resnext50_32x4d(), random)
