@@ -41,7 +41,7 @@ def refuse(_):
 
 def make_flow(config, random, channels=32, **changes):
     """Hidden values stay far from the ReLU's corner, where rounding decides about a gradient."""
-    flow = Flow(channels, dataclasses.replace(config, flow_step=3, **changes), np.random.default_rng(0))
+    flow = Flow(channels, dataclasses.replace(config, **{"flow_step": 3} | changes), np.random.default_rng(0))
     for name, parameter in flow.named_parameters():
         z = random.standard_normal(parameter.shape)
         if name.endswith("subnet.0.bias"):
@@ -153,6 +153,41 @@ def test_gradients_in_eval_mode_can_be_asked_for_in_any_way(config, random):
     for _ in range(2):
         (first,) = paddle.grad(z.sum(), [weight], retain_graph=True, create_graph=higher)
     assert first.shape == weight.shape
+
+
+@needs_onednn
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_change_in_place_between_the_passes_is_what_it_is_to_paddle(config, random, steps):
+    """Where Paddle's own operators raise there is an error; where they do not the gradients are theirs."""
+    flow, images = make_flow(config, random, flow_step=steps), tensor(random, 2, 32, 6, 6)
+    start = {name: p.numpy() for name, p in flow.named_parameters()}
+
+    def outcome(forward, name):
+        leaf = images.detach()
+        leaf.stop_gradient = False
+        tensors = {"x": 1 * leaf, **dict(flow.named_parameters())}
+        for parameter, value in start.items():
+            tensors[parameter].set_value(value)
+        loss = both(*forward(tensors["x"]))
+        with paddle.no_grad():
+            tensors[name].add_(paddle.ones_like(tensors[name]))
+        flow.clear_gradients()
+        try:
+            loss.backward()
+        except (RuntimeError, OSError) as error:
+            assert "has been modified by an inplace operation" in str(error)
+            return None
+        return [t.grad.numpy() for t in (leaf, *flow.parameters())]
+
+    raised = set()
+    for name in ("x", *start):
+        expected, actual = outcome(flow._plain, name), outcome(flow, name)
+        if expected is None:
+            assert actual is None, name
+            raised.add(name.split(".", 2)[-1])
+        else:
+            assert_agree(actual, expected)
+    assert raised == {"global_scale", "subnet.0.weight", "subnet.2.weight"}
 
 
 @needs_onednn

@@ -100,6 +100,11 @@ def _parameters(step: nn.Layer) -> list[Tensor]:
     return [step.global_scale, step.global_offset, conv1.weight, conv1.bias, conv2.weight, conv2.bias]
 
 
+def _read_again(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Those that the gradients depend on, of what `_parameters` gives for the steps: all but offsets and biases."""
+    return parameters[::2]
+
+
 class _Step(NamedTuple):
     """A step's numbers; the arrays are views of the parameters."""
 
@@ -132,6 +137,7 @@ class _Flow(PyLayer):
     def forward(ctx, x: Tensor, *parameters: Tensor, constants, kind) -> tuple[Tensor, Tensor]:
         z, log_det, ctx.tapes = _forward(x, _steps(parameters, constants), kind, keep=True)
         ctx.constants, ctx.kind = constants, kind
+        ctx.versions = [p.inplace_version for p in _read_again(parameters)]
         ctx.save_for_backward(x, *parameters)
         return z, log_det
 
@@ -140,6 +146,12 @@ class _Flow(PyLayer):
         if paddle.is_grad_enabled():
             raise RuntimeError("create_graph=True: put the flow into eval mode for gradients of gradients")
         x, *parameters = ctx.saved_tensor()
+        for parameter, version in zip(_read_again(parameters), ctx.versions, strict=True):
+            if parameter.inplace_version != version:
+                raise RuntimeError(  # in Paddle's words; it makes an OSError of what is raised here
+                    f"Tensor '{parameter.name}' used in gradient computation has been modified by an inplace "
+                    f"operation. Its version is {parameter.inplace_version} but the expected version is {version}."
+                )
         gradients = _backward(ctx.tapes, _steps(parameters, ctx.constants), ctx.kind, z_gradient, log_det_gradient)
         return tuple(None if t.stop_gradient else g for t, g in zip((x, *parameters), gradients, strict=True))
 
