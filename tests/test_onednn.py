@@ -2,6 +2,7 @@
 
 import ctypes.util
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from paddle import nn
 from paddle.vision import models as vision
 
 from models.backbone import BACKBONES, build_backbone
-from models.cpu import convolutions, onednn, winograd
+from models.cpu import convolutions, onednn, products, winograd
 from models.cpu import flow as cpu_flow
 from models.cpu import resnet as cpu_resnet
 from models.fastflow import FastFlow, Flow
@@ -203,6 +204,25 @@ def test_activations_are_used_again(config, random, monkeypatch):
 
 
 @needs_onednn
+def test_memory_goes_with_the_flow(config, random):
+    """When primitives and activations stayed, 24 sizes in a process took hundreds of megabytes more than one."""
+
+    def resident():
+        ctypes.CDLL(None).malloc_trim(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    def train(size):
+        flow, x = make_flow(config, random), tensor(random, 4, 32, size, size)
+        both(*flow(x)).backward()
+
+    train(72)
+    before = resident()
+    for size in range(24, 72, 2):
+        train(size)
+    assert resident() - before < 60
+
+
+@needs_onednn
 def test_training_gives_the_same_losses(config, random, without_onednn):
     config = dataclasses.replace(config, input_size=64, pretrained="offline")
     images = [tensor(random, batch, 3, 64, 64) for batch in (4, 4, 2)]
@@ -333,7 +353,7 @@ def test_networks_it_does_not_know_go_the_plain_way(random):
 
 @needs_onednn
 @pytest.mark.parametrize(
-    "form", [onednn.WeightsGradient, winograd.WeightsGradientByProducts, winograd.WinogradWeightsGradient]
+    "form", [onednn.WeightsGradient, products.WeightsGradientByProducts, winograd.WinogradWeightsGradient]
 )
 @pytest.mark.parametrize(
     ("src", "weights"),
@@ -401,7 +421,7 @@ def test_without_avx2_only_the_library_convolves():
     if ONLY_AVX2:
         expected[0]["published"] = winograd.WinogradConvolution
         expected[1]["published"] = winograd.WinogradWeightsGradient
-        expected[1]["odd height"] = winograd.WeightsGradientByProducts
+        expected[1]["odd height"] = products.WeightsGradientByProducts
     assert (forms, gradients) == expected
 
 
@@ -429,6 +449,33 @@ def test_another_library_and_another_version(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Old)
     with pytest.raises(onednn.Unavailable, match=r"2\.7\.1"):
         onednn.Library(Path("libdnnl.so.3"))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dnnl_memory_create",
+        "dnnl_primitive_desc_query",
+        "dnnl_primitive_attr_set_post_ops",
+        "dnnl_post_ops_append_sum",
+        "dnnl_post_ops_append_eltwise",
+        "dnnl_post_ops_append_binary",
+    ],
+)
+def test_what_cannot_be_made_goes_the_plain_way(monkeypatch, config, random, name):
+    flow, x = make_flow(config, random), tensor(random, 2, 32, 6, 6)
+    monkeypatch.setattr(onednn.library(), name, lambda *_: 3)
+    assert (flow(x)[0] == flow._plain(x)[0]).all()
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["dnnl_memory_set_data_handle", "dnnl_primitive_execute"])
+def test_a_call_that_fails_is_an_error(monkeypatch, config, random, name):
+    flow, x = make_flow(config, random), tensor(random, 2, 32, 6, 6)
+    monkeypatch.setattr(onednn.library(), name, lambda *_: 3)
+    with pytest.raises(RuntimeError, match="status 3"):
+        flow(x)
 
 
 @pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])
