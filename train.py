@@ -81,7 +81,7 @@ def main() -> None:
         training.resume(last)
     else:
         training.backbone = load_backbone(extractor, config, args.backbone_weights, train_pictures)
-    distributed.same_start(training.model)
+    distributed.train_together(training.model)
     budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
     features = FeatureCache(extractor, train_pictures, config.size, budget, "training pictures")
     evaluate = None

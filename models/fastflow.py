@@ -1,7 +1,8 @@
 """FastFlow: 2D normalizing flows on the feature maps of a frozen backbone (Yu et al. 2021, arXiv 2111.07677)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
@@ -11,8 +12,9 @@ from deploy.common.cli import UserError
 from models.backbone import build_backbone, feature_shapes
 from models.cpu import flow as cpu_flow
 from models.linear_maps import SMOOTHING_SIGMA, bilinear_matrix, gaussian_matrix
-from utils import distributed
-from utils.config import Config
+
+if TYPE_CHECKING:
+    from utils.config import Config
 
 
 class Subnet(nn.Sequential):
@@ -90,7 +92,7 @@ class FlowStep(nn.Layer):
 class Flow(nn.Layer):
     """A chain of flow steps on one feature map."""
 
-    def __init__(self, channels: int, config: Config, random: np.random.Generator) -> None:
+    def __init__(self, channels: int, config: "Config", random: np.random.Generator) -> None:
         super().__init__()
         self.module_list = nn.LayerList()
         for step in range(config.flow_step):
@@ -120,21 +122,24 @@ class Flow(nn.Layer):
 class FeatureNorm(nn.BatchNorm2D):
     """BatchNorm of frozen features; in data-parallel training its statistics are those of the global batch.
 
-    Features are constants, so the statistics need no gradient and a plain exchange of sums will do.
+    Features are constants, so the statistics need no gradient and a plain exchange of sums will do:
+    `sum_over_processes`, if it is set, replaces each of some tensors by its sum over the processes.
     """
+
+    sum_over_processes: Callable[[Sequence[Tensor]], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        if not self.training or distributed.processes() == 1:
+        if not self.training or self.sum_over_processes is None:
             return nn.BatchNorm2D.forward(self, x)  # Paddle 2.6 cannot export super()
         shape = [1, -1, 1, 1]
         with paddle.no_grad():
             sums = [x.sum(axis=[0, 2, 3]), paddle.full([1], x.size / x.shape[1])]
-            distributed.sum_over_processes(sums)
+            self.sum_over_processes(sums)
             total, count = sums
             mean = total / count  # (C,)
             squares = paddle.square(x - mean.reshape(shape)).sum(axis=[0, 2, 3])
-            distributed.sum_over_processes([squares])
+            self.sum_over_processes([squares])
             variance = squares / count
             self._mean.set_value(self._momentum * self._mean + (1 - self._momentum) * mean)
             self._variance.set_value(self._momentum * self._variance + (1 - self._momentum) * variance)
@@ -168,7 +173,7 @@ class BothAxes(nn.Layer):
 class FastFlow(nn.Layer):
     """Frozen backbone, and per scale a BatchNorm and a flow to a standard normal z."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: "Config") -> None:
         """Channels and sizes of the feature maps are the backbone's.
 
         Raises:
@@ -233,7 +238,7 @@ class FastFlow(nn.Layer):
         return anomaly_map, self.smooth(anomaly_map), anomaly_map.max(axis=[1, 2, 3])
 
 
-def _check_shapes(shapes: Sequence[tuple[int, int, int]], config: Config) -> None:
+def _check_shapes(shapes: Sequence[tuple[int, int, int]], config: "Config") -> None:
     """Compare the backbone's feature maps (C, h, w) with what the config says of them and with what a flow needs."""
     name, channels, maps = config.backbone_name, [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
     if config.channels not in (None, channels):

@@ -14,7 +14,7 @@ from paddle import nn
 from paddle.vision import models as vision
 
 from models.backbone import BACKBONES, build_backbone
-from models.cpu import convolutions, onednn, winograd
+from models.cpu import convolutions, onednn, products, winograd
 from models.cpu import flow as cpu_flow
 from models.cpu import resnet as cpu_resnet
 from models.fastflow import FastFlow, Flow
@@ -42,7 +42,7 @@ def refuse(_):
 
 def make_flow(config, random, channels=32, **changes):
     """Hidden values stay far from the ReLU's corner, where rounding decides about a gradient."""
-    flow = Flow(channels, dataclasses.replace(config, flow_step=3, **changes), np.random.default_rng(0))
+    flow = Flow(channels, dataclasses.replace(config, **{"flow_step": 3} | changes), np.random.default_rng(0))
     for name, parameter in flow.named_parameters():
         z = random.standard_normal(parameter.shape)
         if name.endswith("subnet.0.bias"):
@@ -157,6 +157,41 @@ def test_gradients_in_eval_mode_can_be_asked_for_in_any_way(config, random):
 
 
 @needs_onednn
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_change_in_place_between_the_passes_is_what_it_is_to_paddle(config, random, steps):
+    """Where Paddle's own operators raise there is an error; where they do not the gradients are theirs."""
+    flow, images = make_flow(config, random, flow_step=steps), tensor(random, 2, 32, 6, 6)
+    start = {name: p.numpy() for name, p in flow.named_parameters()}
+
+    def outcome(forward, name):
+        leaf = images.detach()
+        leaf.stop_gradient = False
+        tensors = {"x": 1 * leaf, **dict(flow.named_parameters())}
+        for parameter, value in start.items():
+            tensors[parameter].set_value(value)
+        loss = both(*forward(tensors["x"]))
+        with paddle.no_grad():
+            tensors[name].add_(paddle.ones_like(tensors[name]))
+        flow.clear_gradients()
+        try:
+            loss.backward()
+        except (RuntimeError, OSError) as error:
+            assert "has been modified by an inplace operation" in str(error)
+            return None
+        return [t.grad.numpy() for t in (leaf, *flow.parameters())]
+
+    raised = set()
+    for name in ("x", *start):
+        expected, actual = outcome(flow._plain, name), outcome(flow, name)
+        if expected is None:
+            assert actual is None, name
+            raised.add(name.split(".", 2)[-1])
+        else:
+            assert_agree(actual, expected)
+    assert raised == {"global_scale", "subnet.0.weight", "subnet.2.weight"}
+
+
+@needs_onednn
 def test_activations_are_used_again(config, random, monkeypatch):
     made = []
     activations = cpu_flow._Activations
@@ -169,6 +204,25 @@ def test_activations_are_used_again(config, random, monkeypatch):
 
 
 @pytest.mark.slow
+@needs_onednn
+def test_memory_goes_with_the_flow(config, random):
+    """When primitives and activations stayed, 24 sizes in a process took hundreds of megabytes more than one."""
+
+    def resident():
+        ctypes.CDLL(None).malloc_trim(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    def train(size):
+        flow, x = make_flow(config, random), tensor(random, 4, 32, size, size)
+        both(*flow(x)).backward()
+
+    train(72)
+    before = resident()
+    for size in range(24, 72, 2):
+        train(size)
+    assert resident() - before < 60
+
+
 @needs_onednn
 def test_training_gives_the_same_losses(config, random, without_onednn):
     config = dataclasses.replace(config, input_size=64, pretrained="offline")
@@ -266,6 +320,32 @@ def test_new_weights_of_the_backbone_are_noticed(backbone, random):
     assert_features_agree(backbone(images), backbone._plain(images))
 
 
+def one_bit(weight):
+    weight.view(np.uint32)[-1, -1, -1, -1] ^= 1
+    return weight
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.conv2.weight", "layer3.1.conv1.weight"])
+@pytest.mark.parametrize(
+    "change", [lambda w: w[:, ::-1], lambda w: np.roll(w, 1, axis=0), lambda w: w[:, :, ::-1, ::-1], one_bit]
+)
+def test_weights_that_change_places_are_noticed(backbone, name, change):
+    before, parameter = cpu_resnet._checksum(backbone), dict(backbone.named_parameters())[name]
+    assert cpu_resnet._checksum(backbone) == before
+    parameter.set_value(np.ascontiguousarray(change(parameter.numpy())))
+    assert cpu_resnet._checksum(backbone) != before
+
+
+@needs_onednn
+def test_red_and_blue_exchanged_in_the_weights(backbone, random):
+    images = tensor(random, 1, 3, 64, 64)
+    before = backbone(images)
+    backbone.conv1.weight.set_value(backbone.conv1.weight.numpy()[:, ::-1].copy())
+    assert_features_agree(backbone(images), backbone._plain(images))
+    assert (backbone(images)[0] - before[0]).abs().max().item() > 0.01
+
+
 @needs_onednn
 def test_networks_it_does_not_know_go_the_plain_way(random):
     model = with_statistics(vision.resnext50_32x4d(), random)
@@ -274,7 +354,7 @@ def test_networks_it_does_not_know_go_the_plain_way(random):
 
 @needs_onednn
 @pytest.mark.parametrize(
-    "form", [onednn.WeightsGradient, winograd.WeightsGradientByProducts, winograd.WinogradWeightsGradient]
+    "form", [onednn.WeightsGradient, products.WeightsGradientByProducts, winograd.WinogradWeightsGradient]
 )
 @pytest.mark.parametrize(
     ("src", "weights"),
@@ -342,7 +422,7 @@ def test_without_avx2_only_the_library_convolves():
     if ONLY_AVX2:
         expected[0]["published"] = winograd.WinogradConvolution
         expected[1]["published"] = winograd.WinogradWeightsGradient
-        expected[1]["odd height"] = winograd.WeightsGradientByProducts
+        expected[1]["odd height"] = products.WeightsGradientByProducts
     assert (forms, gradients) == expected
 
 
@@ -370,6 +450,33 @@ def test_another_library_and_another_version(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Old)
     with pytest.raises(onednn.Unavailable, match=r"2\.7\.1"):
         onednn.Library(Path("libdnnl.so.3"))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dnnl_memory_create",
+        "dnnl_primitive_desc_query",
+        "dnnl_primitive_attr_set_post_ops",
+        "dnnl_post_ops_append_sum",
+        "dnnl_post_ops_append_eltwise",
+        "dnnl_post_ops_append_binary",
+    ],
+)
+def test_what_cannot_be_made_goes_the_plain_way(monkeypatch, config, random, name):
+    flow, x = make_flow(config, random), tensor(random, 2, 32, 6, 6)
+    monkeypatch.setattr(onednn.library(), name, lambda *_: 3)
+    assert (flow(x)[0] == flow._plain(x)[0]).all()
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["dnnl_memory_set_data_handle", "dnnl_primitive_execute"])
+def test_a_call_that_fails_is_an_error(monkeypatch, config, random, name):
+    flow, x = make_flow(config, random), tensor(random, 2, 32, 6, 6)
+    monkeypatch.setattr(onednn.library(), name, lambda *_: 3)
+    with pytest.raises(RuntimeError, match="status 3"):
+        flow(x)
 
 
 @pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64")])

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from paddle import Tensor, nn
+from paddle import Tensor
 from paddle.base import core
 
 from deploy.common.cli import UserError
+from models.fastflow import FastFlow
 
 LONGEST_WAIT = 3600  # seconds for the slowest process; after so many the others take it for gone
 POLL = 0.05  # seconds
@@ -108,12 +109,15 @@ def meet() -> None:
             time.sleep(POLL)
 
 
-def same_start(model: nn.Layer) -> None:
-    """Give every process the first one's parameters and buffers."""
-    if processes() > 1:
-        meet()
-        for tensor in model.state_dict(include_sublayers=True).values():
-            dist.broadcast(tensor, 0)
+def train_together(model: FastFlow) -> None:
+    """Give the model of every process the first one's parameters and buffers, and its norms the sum over processes."""
+    if processes() == 1:
+        return
+    for norm in model.norms:
+        norm.sum_over_processes = sum_over_processes
+    meet()
+    for tensor in model.state_dict(include_sublayers=True).values():
+        dist.broadcast(tensor, 0)
 
 
 def from_first(compute: Callable[[], tuple]) -> tuple:

@@ -28,7 +28,8 @@ from models.cpu.onednn import (
     library,
     multiply,
 )
-from models.cpu.winograd import WeightsGradientByProducts, WinogradConvolution, WinogradWeightsGradient
+from models.cpu.products import WeightsGradientByProducts
+from models.cpu.winograd import WinogradConvolution, WinogradWeightsGradient
 
 AnyConvolution = Convolution | WinogradConvolution
 AnyWeightsGradient = WeightsGradient | WeightsGradientByProducts | WinogradWeightsGradient

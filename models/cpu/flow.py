@@ -16,10 +16,12 @@ gradients of the parameters.
 
 Who owns what: `_Forward` and `_Backward` own the primitives for one shape and the scratch memory of those, `_Ends` what
 leads in and out. A `_Tape` holds the activations for as long as Paddle keeps the graph; then the next one takes them.
-What belongs to the shapes least recently used is dropped. One lock guards all of it.
+All of it is in the `_Resources` of a flow and goes with the flow; what belongs to the shapes least recently used goes
+before. One lock guards all of it.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -53,6 +55,9 @@ from models.cpu.onednn import (
 # Numbers of a feature map, (images, C, H, W), that go through the flow together: 4 MB. Measured at batch 8 on two cores
 # with 1 MB of second level cache each: down to a quarter as fast, at twice as much 8% slower.
 CHUNK = 2**20
+# For how many shapes a flow keeps what it has made: with two kernels, and with three numbers of images (a whole chunk,
+# the rest of a batch and that of the last one) in training and in evaluation.
+SHAPES = 12
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -65,13 +70,13 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def flow(
-    x: Tensor, steps: Sequence[nn.Layer], plain: Callable[[Tensor], tuple[Tensor, Tensor]], training: bool
+    x: Tensor, steps: nn.LayerList, plain: Callable[[Tensor], tuple[Tensor, Tensor]], training: bool
 ) -> tuple[Tensor, Tensor]:
     """Run a flow's steps: (B, C, H, W) -> z (B, C, H, W), log-det (B).
 
     Args:
         x: the features.
-        steps: `models.fastflow.FlowStep`s.
+        steps: `models.fastflow.FlowStep`s; what is made for them lives as long as this list.
         plain: computes the same from x with Paddle's operators; used where oneDNN cannot be, and for every gradient
             but that of a loss in training. Paddle 3.3 runs the backward pass of a PyLayer once only, for all its
             inputs, and crashes on `retain_graph`; gradients in eval mode, or of an x that is a variable itself,
@@ -86,10 +91,12 @@ def flow(
         return plain(x)
     constants = [(step.permutation.numpy(), step.clamp) for step in steps]
     kind = BF16 if training and steps[0].subnet.training_dtype == "bfloat16" else F32
+    with LOCK:
+        resources = _resources.setdefault(steps, _Resources())
     try:
         if wants_gradients:
-            return _Flow.apply(x, *parameters, constants=constants, kind=kind)
-        z, log_det, _ = _forward(x, _steps(parameters, constants), kind, keep=False)
+            return _Flow.apply(x, *parameters, constants=constants, kind=kind, resources=resources)
+        z, log_det, _ = _forward(x, _steps(parameters, constants), kind, resources, keep=False)
         return z, log_det
     except Unavailable:  # no fast kernel for this shape on this CPU
         return plain(x)
@@ -98,6 +105,11 @@ def flow(
 def _parameters(step: nn.Layer) -> list[Tensor]:
     conv1, _, conv2 = step.subnet
     return [step.global_scale, step.global_offset, conv1.weight, conv1.bias, conv2.weight, conv2.bias]
+
+
+def _read_again(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Those that the gradients depend on, of what `_parameters` gives for the steps: all but offsets and biases."""
+    return parameters[::2]
 
 
 class _Step(NamedTuple):
@@ -129,9 +141,10 @@ def _steps(parameters: Sequence[Tensor], constants: Sequence[tuple[np.ndarray, f
 
 class _Flow(PyLayer):
     @staticmethod
-    def forward(ctx, x: Tensor, *parameters: Tensor, constants, kind) -> tuple[Tensor, Tensor]:
-        z, log_det, ctx.tapes = _forward(x, _steps(parameters, constants), kind, keep=True)
-        ctx.constants, ctx.kind = constants, kind
+    def forward(ctx, x: Tensor, *parameters: Tensor, constants, kind, resources) -> tuple[Tensor, Tensor]:
+        z, log_det, ctx.tapes = _forward(x, _steps(parameters, constants), kind, resources, keep=True)
+        ctx.constants, ctx.kind, ctx.resources = constants, kind, resources
+        ctx.versions = [p.inplace_version for p in _read_again(parameters)]
         ctx.save_for_backward(x, *parameters)
         return z, log_det
 
@@ -140,7 +153,14 @@ class _Flow(PyLayer):
         if paddle.is_grad_enabled():
             raise RuntimeError("create_graph=True: put the flow into eval mode for gradients of gradients")
         x, *parameters = ctx.saved_tensor()
-        gradients = _backward(ctx.tapes, _steps(parameters, ctx.constants), ctx.kind, z_gradient, log_det_gradient)
+        for parameter, version in zip(_read_again(parameters), ctx.versions, strict=True):
+            if parameter.inplace_version != version:
+                raise RuntimeError(  # in Paddle's words; it makes an OSError of what is raised here
+                    f"Tensor '{parameter.name}' used in gradient computation has been modified by an inplace "
+                    f"operation. Its version is {parameter.inplace_version} but the expected version is {version}."
+                )
+        steps = _steps(parameters, ctx.constants)
+        gradients = _backward(ctx.tapes, steps, ctx.kind, ctx.resources, z_gradient, log_det_gradient)
         return tuple(None if t.stop_gradient else g for t, g in zip((x, *parameters), gradients, strict=True))
 
 
@@ -341,36 +361,6 @@ class _Sums:
         ]
 
 
-class _Tape:
-    """The activations of a chunk of images at each step; lent until the tape goes, with Paddle's graph.
-
-    Without `keep`, steps of one shape share theirs: each overwrites the last one's.
-    """
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]], keep: bool) -> None:
-        self._lent: dict[tuple[int, ...], _Activations] = {}
-        self.steps = []
-        for i, shape in enumerate(shapes):
-            key = (i if keep else 0, *shape)
-            if key not in self._lent:
-                free = _free_activations(*shape)
-                self._lent[key] = free.pop() if free else _Activations(*shape)
-            self.steps.append(self._lent[key])
-
-    def __del__(self) -> None:
-        for (_, *shape), activations in self._lent.items():
-            _free_activations(*shape).append(activations)
-
-
-@functools.lru_cache(maxsize=32)
-def _free_activations(*shape: int) -> list[_Activations]:
-    return []
-
-
-_forward_kernels = functools.lru_cache(maxsize=32)(_Forward)
-_backward_kernels = functools.lru_cache(maxsize=32)(_Backward)
-
-
 class _Ends:
     """Between Paddle's tensors (b, C, H, W) and stacks, and the stack to begin or end with."""
 
@@ -390,7 +380,38 @@ class _Ends:
             self._join(half, Buffer(images[:, i * self._half :]))
 
 
-_ends = functools.lru_cache(maxsize=32)(_Ends)
+class _Resources:
+    """What has been made for a flow, by shape: primitives, memory to begin and end with, and activations not in use."""
+
+    def __init__(self) -> None:
+        remembered = functools.lru_cache(maxsize=SHAPES)
+        self.forward, self.backward, self.ends = (remembered(kind) for kind in (_Forward, _Backward, _Ends))
+        self.free_activations = remembered(lambda *_: [])
+
+
+_resources: weakref.WeakKeyDictionary[nn.LayerList, _Resources] = weakref.WeakKeyDictionary()
+
+
+class _Tape:
+    """The activations of a chunk of images at each step; lent until the tape goes, with Paddle's graph.
+
+    Without `keep`, steps of one shape share theirs: each overwrites the last one's.
+    """
+
+    def __init__(self, resources: _Resources, shapes: Sequence[tuple[int, ...]], keep: bool) -> None:
+        self._free = resources.free_activations
+        self._lent: dict[tuple[int, ...], _Activations] = {}
+        self.steps = []
+        for i, shape in enumerate(shapes):
+            key = (i if keep else 0, *shape)
+            if key not in self._lent:
+                free = self._free(*shape)
+                self._lent[key] = free.pop() if free else _Activations(*shape)
+            self.steps.append(self._lent[key])
+
+    def __del__(self) -> None:
+        for (_, *shape), activations in self._lent.items():
+            self._free(*shape).append(activations)
 
 
 def _chunks(shape: Sequence[int]) -> Iterator[slice]:
@@ -400,7 +421,9 @@ def _chunks(shape: Sequence[int]) -> Iterator[slice]:
     return (slice(start, min(start + length, b)) for start in range(0, b, length))
 
 
-def _forward(x: Tensor, steps: Sequence[_Step], kind: int, keep: bool) -> tuple[Tensor, Tensor, list[_Tape]]:
+def _forward(
+    x: Tensor, steps: Sequence[_Step], kind: int, resources: _Resources, keep: bool
+) -> tuple[Tensor, Tensor, list[_Tape]]:
     """z (B, C, H, W), log-det (B), and the tapes if they are to be kept."""
     x = x.contiguous()
     _, c, h, w = x.shape
@@ -413,11 +436,11 @@ def _forward(x: Tensor, steps: Sequence[_Step], kind: int, keep: bool) -> tuple[
         for images in _chunks(x.shape):
             n = images.stop - images.start
             shapes = [_shape(n, step, h, w, kind) for step in steps]
-            kernels = [_forward_kernels(*shape, step.w1.shape[-1]) for shape, step in zip(shapes, steps, strict=True)]
+            kernels = [resources.forward(*shape, step.w1.shape[-1]) for shape, step in zip(shapes, steps, strict=True)]
             if n not in weights:
                 weights[n] = [_ForwardWeights(k, step) for k, step in zip(kernels, steps, strict=True)]
-            tape = _Tape(shapes, keep)
-            ends = _ends(n, c // 2, h, w)
+            tape = _Tape(resources, shapes, keep)
+            ends = resources.ends(n, c // 2, h, w)
             ends.split(source[images], tape.steps[0].x)
             followers = [*(memory.x for memory in tape.steps[1:]), ends.stack]
             for kernel, weight, memory, to, step in zip(kernels, weights[n], tape.steps, followers, steps, strict=True):
@@ -429,7 +452,12 @@ def _forward(x: Tensor, steps: Sequence[_Step], kind: int, keep: bool) -> tuple[
 
 
 def _backward(
-    tapes: Sequence[_Tape], steps: Sequence[_Step], kind: int, z_gradient: Tensor, log_det_gradient: Tensor
+    tapes: Sequence[_Tape],
+    steps: Sequence[_Step],
+    kind: int,
+    resources: _Resources,
+    z_gradient: Tensor,
+    log_det_gradient: Tensor,
 ) -> list[Tensor]:
     """The gradients of x, and of each step's parameters in their order."""
     z_gradient = z_gradient.contiguous()
@@ -442,12 +470,12 @@ def _backward(
         for images, tape in zip(_chunks(z_gradient.shape), tapes, strict=True):
             n = images.stop - images.start
             shapes = [(*_shape(n, step, h, w, kind), step.w1.shape[-1]) for step in steps]
-            forward = [_forward_kernels(*shape) for shape in shapes]
-            backward = [_backward_kernels(*shape, step.clamp) for shape, step in zip(shapes, steps, strict=True)]
+            forward = [resources.forward(*shape) for shape in shapes]
+            backward = [resources.backward(*shape, step.clamp) for shape, step in zip(shapes, steps, strict=True)]
             if n not in weights:
                 weights[n] = [_BackwardWeights(*three) for three in zip(forward, backward, steps, strict=True)]
                 sums[n] = [_Sums(k) for k in backward]
-            ends = _ends(n, c // 2, h, w)
+            ends = resources.ends(n, c // 2, h, w)
             ends.split(source[images], ends.stack)
             each = Buffer(log_det[images])
             for i in reversed(range(len(steps))):

@@ -112,12 +112,20 @@ class Library:
         self.engine = self.create("dnnl_engine", CPU, 0)
         self.stream = self.create("dnnl_stream", self.engine, IN_ORDER)
 
+    def call(self, name: str, *arguments) -> None:
+        """Call a function that returns a status.
+
+        Raises:
+            Unavailable: the status is not that of success.
+        """
+        code = getattr(self, name)(*arguments)
+        if code:
+            raise Unavailable(f"{name}: status {code}")
+
     def create(self, kind: str, *arguments, constructor: str = "_create") -> c_void_p:
         """A new handle from `<kind><constructor>`, which the caller destroys."""
         handle = c_void_p()
-        code = getattr(self, kind + constructor)(byref(handle), *arguments)
-        if code:
-            raise Unavailable(f"{kind}{constructor}: status {code}")
+        self.call(kind + constructor, byref(handle), *arguments)
         return handle
 
 
@@ -204,7 +212,7 @@ class Primitive:
     def __init__(self, description: Handle, arguments: dict[int, Layout]) -> None:
         lib = library()
         name = c_char_p()
-        lib.dnnl_primitive_desc_query(description.value, QUERY_IMPLEMENTATION, 0, byref(name))
+        lib.call("dnnl_primitive_desc_query", description.value, QUERY_IMPLEMENTATION, 0, byref(name))
         self.implementation = name.value.decode()
         # correct, but a reference kernel is a hundred times slower, and one without AVX slower than Paddle's
         if self.implementation.startswith("ref") or "sse" in self.implementation:
@@ -215,10 +223,10 @@ class Primitive:
         self._arguments = (_Argument * len(pairs))(*pairs)
 
     def __call__(self, *buffers: Buffer) -> None:
-        lib = library()
+        lib, code = library(), 0
         for memory, buffer in zip(self._memories, buffers, strict=True):
-            lib.dnnl_memory_set_data_handle(memory.value, buffer.address)
-        code = lib.dnnl_primitive_execute(self._primitive.value, lib.stream, len(buffers), self._arguments)
+            code = code or lib.dnnl_memory_set_data_handle(memory.value, buffer.address)
+        code = code or lib.dnnl_primitive_execute(self._primitive.value, lib.stream, len(buffers), self._arguments)
         if code:
             raise RuntimeError(f"oneDNN {self.implementation}: status {code}")
 
@@ -232,14 +240,16 @@ class PostOps:
         self._count = 0
         self.arguments: dict[int, Layout] = {}
 
-    def sum(self) -> "PostOps":
-        library().dnnl_post_ops_append_sum(self._operations.value, 1, 0, 0)
+    def _append(self, kind: str, *arguments) -> None:
+        library().call(f"dnnl_post_ops_append_{kind}", self._operations.value, *arguments)
         self._count += 1
+
+    def sum(self) -> "PostOps":
+        self._append("sum", 1, 0, 0)
         return self
 
     def eltwise(self, function: int, alpha: float = 0, beta: float = 0) -> "PostOps":
-        library().dnnl_post_ops_append_eltwise(self._operations.value, function, alpha, beta)
-        self._count += 1
+        self._append("eltwise", function, alpha, beta)
         return self
 
     def tanh_of_half(self) -> "PostOps":
@@ -251,15 +261,14 @@ class PostOps:
         return self.eltwise(LOGISTIC).eltwise(LINEAR, 2, -1)
 
     def binary(self, function: int, other: Layout) -> "PostOps":
-        library().dnnl_post_ops_append_binary(self._operations.value, function, other.value)
-        self._count += 1
+        self._append("binary", function, other.value)
         self.arguments[POST_OP * self._count | SRC_1] = other
         return self
 
     def attributes(self) -> Handle:
         """The form in which a primitive takes them."""
         attributes = Handle("dnnl_primitive_attr")
-        library().dnnl_primitive_attr_set_post_ops(attributes.value, self._operations.value)
+        library().call("dnnl_primitive_attr_set_post_ops", attributes.value, self._operations.value)
         return attributes
 
 

@@ -1,21 +1,18 @@
-"""Convolutions on oneDNN that are made of other ones, and of products of matrices.
+"""3x3 convolutions of stride 1 on oneDNN in the form of `deploy.common.winograd`, and the gradient of their weights.
 
-With AVX2 only, a 3x3 convolution takes half the multiplications, and less time, in the form of
-`deploy.common.winograd`. Its transforms B^T d and A^T m are products of a small matrix with rows of pixels, channels-
-last. B^T d are six pictures, one after the other in memory, each with a row for each four rows of what the convolution
-takes. The product makes it of these four, d1 ... d4; a second one adds d0 and d5, of the four before and the four
-after.
-
-Memory for what is between the steps is shared by all objects that want it in one shape: they are called one by one.
+With AVX2 only, that is half the multiplications, and less time. The transforms B^T d and A^T m are products of a small
+matrix with rows of pixels, channels-last. B^T d are six pictures, one after the other in memory, each with a row for
+each four rows of what the convolution takes. The product makes it of these four, d1 ... d4; a second one adds d0 and
+d5, of the four before and the four after.
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from deploy.common.winograd import A_T, B_T, ROWS, G
 from models.cpu.onednn import Buffer, Convolution, Layout, PostOps, Primitive, channel_sums, matmul, reorder, turned
+from models.cpu.products import Frames, Products, frames
 
 
 class WinogradConvolution:
@@ -25,12 +22,11 @@ class WinogradConvolution:
         b, i, h, w = src
         o = weights[0]
         self.dst = (b, o, h, w)
-        d, m = _six("d", b, i, h, w, 0), _six("m", b, o, h, w, 0)
+        d, self._m = _six("d", b, i, h, w, 0), _six("m", b, o, h, w, 0)
         self._transform = _Transform(b, i, h, w, d)
-        self._pairs = list(zip(d.sheets, m.sheets, strict=True))
+        self._pairs = list(zip(d.sheets, self._m.sheets, strict=True))
         self._convolution = Convolution((b, i, h // ROWS, w), (o, i, 1, 3))
-        self._join = _Combination(A_T, m.rows(b), _rows(b, o, h, w), post_ops)
-        self._m = m.first
+        self._join = _Combination(A_T, _rows_of_six(b, self._m), _rows(b, o, h, w), post_ops)
         self._no_bias = Buffer(np.zeros(o, np.float32))
         packed = self._convolution.weights
         # a row of kernels (O, I, 3, 3), and of the same where (I, O, 3, 3) lies in memory
@@ -45,7 +41,7 @@ class WinogradConvolution:
         for place, (d, m) in enumerate(self._pairs):
             # column 1 of A^T has ones only: what is added there is added to every row
             self._convolution(d, weights[place], bias if place == 1 else self._no_bias, m)
-        self._join(self._m, dst)
+        self._join(self._m.first, dst)
 
     def packed(self, weights: np.ndarray) -> list[Buffer]:
         """Weights (O, I, 3, 3) as a call takes them."""
@@ -74,11 +70,11 @@ class WinogradWeightsGradient:
     def __init__(self, src: Sequence[int], weights: Sequence[int]) -> None:
         b, i, h, w = src
         o = weights[0]
-        d, m = _six("src", b, i, h, w, 1), _six("gradient", b, o, h, w, 1)
+        d, self._m = _six("src", b, i, h, w, 1), _six("gradient", b, o, h, w, 1)
         self._transform = _Transform(b, i, h, w, d)
-        self._spread = _Combination(A_T.T, _rows(b, o, h, w), m.rows(b))
-        self._m, self._sums = m.first, m.sheets[1].array[None, m.lead :]  # row 1 of A is ones only
-        self._products = _Products(d, m, 1, 3)
+        self._spread = _Combination(A_T.T, _rows(b, o, h, w), _rows_of_six(b, self._m))
+        self._sums = self._m.sheets[1].array[None, self._m.lead :]  # row 1 of A is ones only
+        self._products = Products(d, self._m, 1, 3)
         self.size = self._products.size
         self._gather = _Combination(
             G.T, Layout.dense((1, 1, 6, self.size // 6)), Layout.dense((1, 1, 3, self.size // 6))
@@ -86,7 +82,7 @@ class WinogradWeightsGradient:
 
     def __call__(self, src: Buffer, gradient: Buffer, weights: Buffer, bias: Buffer) -> None:
         self._transform(src)
-        self._spread(gradient, self._m)
+        self._spread(gradient, self._m.first)
         self._products(weights)
         bias.array[...] = channel_sums(self._sums)[0]
 
@@ -97,73 +93,15 @@ class WinogradWeightsGradient:
         return np.ascontiguousarray(self._products.unpacked(rows.array)[:, :, :, 0].transpose(1, 2, 0, 3))
 
 
-class WeightsGradientByProducts:
-    """Called like a WeightsGradient, in float32: a product of matrices for each place (y, x) of the kernel.
-
-        gradient of weights[:, :, y, x] = gradient of dst (O, pixels) @ src moved by (y, x) (pixels, I)
-
-    over the pixels of all images one after the other, in frames of zeros as wide as the kernel reaches.
-    """
-
-    def __init__(self, src: Sequence[int], weights: Sequence[int]) -> None:
-        b, i, h, w = src
-        o, _, kh, kw = weights
-        frame = (kh // 2, kw // 2)
-        self._src, self._gradient = _frames("src", 1, b, h, w, i, *frame), _frames("gradient", 1, b, h, w, o, *frame)
-        self._fill = [
-            reorder(Layout.channels_last((b, c, h, w)), frames.images())
-            for c, frames in ((i, self._src), (o, self._gradient))
-        ]
-        self._products = _Products(self._src, self._gradient, kh, kw)
-        self.size = self._products.size
-
-    def __call__(self, src: Buffer, gradient: Buffer, weights: Buffer, bias: Buffer) -> None:
-        for fill, images, frames in zip(self._fill, (src, gradient), (self._src, self._gradient), strict=True):
-            fill(images, frames.first)
-        self._products(weights)
-        bias.array[...] = channel_sums(gradient.array[None])[0]
-
-    def unpacked(self, gradient: np.ndarray) -> np.ndarray:
-        """Weights' gradients as a call writes them -> (O, I, kH, kW)."""
-        return np.ascontiguousarray(self._products.unpacked(gradient)[0])
+def _six(role: str, b: int, c: int, h: int, w: int, gap: int) -> Frames:
+    """Six pictures for (b, c, h, w), each with a row for each four rows of it, with zeros between the rows."""
+    return frames(role, 6, 1, b * h // ROWS, w, c, 0, gap)
 
 
-class _Frames:
-    """Memory for sheets of b images, (b, h, w, c), with zeros around each image.
-
-    There are px pixels of zeros after each row and py rows of them after each image; those before are the ones after
-    the last row or image, or lie before the first.
-    """
-
-    def __init__(self, sheets: int, b: int, h: int, w: int, c: int, py: int, px: int) -> None:
-        self.shape, self._padded = (b, c, h, w), (h + py, w + px)
-        self.row = w + px  # pixels
-        self.lead = py * self.row + px
-        self.pixels = b * (h + py) * self.row - self.lead  # from the first one of the first image to the last's last
-        memory = Buffer.empty(sheets, 2 * self.lead + self.pixels, c)
-        memory.array[...] = 0
-        self.size = memory.array[0].size  # numbers of a sheet
-        self.sheets = [memory[sheet] for sheet in range(sheets)]
-        self.first = Buffer(memory.array.ravel()[self.lead * c :])
-
-    def images(self) -> Layout:
-        """The images of a sheet, from `first` on."""
-        _, c, _, _ = self.shape
-        height, width = self._padded
-        return Layout.strided(self.shape, (height * width * c, 1, width * c, c))
-
-    def rows(self, b: int) -> Layout:
-        """Of `_six` pictures, from `first` on: (b, H / 4, 6, W C)."""
-        _, c, h, w = self.shape
-        return Layout.strided((b, h // b, 6, w * c), (h // b * self.row * c, self.row * c, self.size, 1))
-
-
-_frames = functools.lru_cache(maxsize=64)(lambda role, *shape: _Frames(*shape))
-
-
-def _six(role: str, b: int, c: int, h: int, w: int, gap: int) -> _Frames:
-    """For (b, c, h, w), a row for each four rows of it, with zeros between the rows."""
-    return _frames(role, 6, 1, b * h // ROWS, w, c, 0, gap)
+def _rows_of_six(b: int, six: Frames) -> Layout:
+    """The rows of the `_six` of b pictures, from `first` on, as (b, H / 4, 6, W C)."""
+    _, c, h, w = six.shape
+    return Layout.strided((b, h // b, 6, w * c), (h // b * six.row * c, six.row * c, six.size, 1))
 
 
 def _rows(b: int, c: int, h: int, w: int) -> Layout:
@@ -185,10 +123,10 @@ class _Combination:
 class _Transform:
     """(pictures): B^T d into `six`."""
 
-    def __init__(self, b: int, c: int, h: int, w: int, six: _Frames) -> None:
+    def __init__(self, b: int, c: int, h: int, w: int, six: Frames) -> None:
         fours, row, after = h // ROWS, w * c, six.row * c
-        self._six = six.first
-        self._inner = _Combination(B_T[:, 1:5], _rows(b, c, h, w), six.rows(b))
+        self._six = six
+        self._inner = _Combination(B_T[:, 1:5], _rows(b, c, h, w), _rows_of_six(b, six))
         self._outer = None
         if fours > 1:
             # rows 4j + 3 and 4j + 4, of which the first is d0 of the four that follows and the second d5 of this one
@@ -198,36 +136,6 @@ class _Transform:
             self._first_pair, self._following = 3 * row, Buffer(six.first.array[after:])
 
     def __call__(self, pictures: Buffer) -> None:
-        self._inner(pictures, self._six)
+        self._inner(pictures, self._six.first)
         if self._outer:
             self._outer(Buffer(pictures.array.ravel()[self._first_pair :]), self._following)
-
-
-class _Products:
-    """(result): for each sheet and each place (y, x) of a kernel, the product over pixels of gradient and moved src."""
-
-    def __init__(self, src: _Frames, gradient: _Frames, kh: int, kw: int) -> None:
-        i, o, pixels = src.shape[1], gradient.shape[1], gradient.pixels
-        inside = slice(gradient.lead, gradient.lead + pixels)
-        # The library's product is up to a quarter faster with as many columns as fill vectors.
-        self._transposed = o % 8 == 0
-        rows, columns = (i, o) if self._transposed else (o, i)
-        self._product = matmul(
-            Layout.strided((rows, pixels), (1, rows)), Layout.dense((pixels, columns)), Layout.dense((rows, columns))
-        )
-        self._pairs = []
-        for moved, fixed in zip(src.sheets, gradient.sheets, strict=True):
-            for start in (y * src.row + x for y in range(kh) for x in range(kw)):
-                pair = (moved[start:], fixed[inside])
-                self._pairs.append(pair if self._transposed else pair[::-1])
-        self._shape = (kh, kw, rows, columns)
-        self.size = len(self._pairs) * rows * columns
-
-    def __call__(self, result: Buffer) -> None:
-        for pair, place in zip(self._pairs, result.array.reshape(len(self._pairs), -1), strict=True):
-            self._product(*pair, Buffer(place))
-
-    def unpacked(self, result: np.ndarray) -> np.ndarray:
-        """What a call writes -> (sheets, O, I, kH, kW)."""
-        order = (0, 4, 3, 1, 2) if self._transposed else (0, 3, 4, 1, 2)
-        return result.reshape(-1, *self._shape).transpose(order)
