@@ -44,13 +44,27 @@ def parse_args() -> argparse.Namespace:
         "--max_upload_mb", type=positive_int, default=10, help="size of a request; beyond: 413 (%(default)s)"
     )
     parser.add_argument(
+        "--max_inflight_mb",
+        type=positive_int,
+        default=256,
+        help="size of all requests that are coming or waiting, at least that of one; beyond: 503 (%(default)s)",
+    )
+    parser.add_argument(
         "--max_pixels", type=positive_int, default=32_000_000, help="of a picture; beyond: 422 (%(default)s)"
     )
     parser.add_argument(
         "--upload_seconds",
         type=positive_int,
         default=30,
-        help="that a request may take to come; beyond: 408 (%(default)s)",
+        help="that a request may take to come, beyond: 408; and the end, after SIGTERM (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow_origins",
+        type=origins,
+        default=[],
+        metavar="ORIGINS",
+        help="whose pages may post pictures and read the answers, beside the service's own: "
+        "https://name with commas between them, or * for all (none)",
     )
     parser.add_argument("--verbose", action="store_true", help="log requests, say what the runtime set-up chose")
     return parser.parse_args()
@@ -61,6 +75,15 @@ def port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, not {text!r}")
     return int(text)
+
+
+def origins(text: str) -> list[str]:
+    """Type of --allow_origins."""
+    found = text.split(",")
+    for origin in found:
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise argparse.ArgumentTypeError(f"must be like https://name or http://name:8000, or *, not {origin!r}")
+    return found
 
 
 def end(*_: object) -> NoReturn:
@@ -78,10 +101,10 @@ def main() -> None:
     folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
     options = asked_for(args, (1, args.max_batch_size))
-    import uvicorn
-
-    from deploy.service.app import Limits, ServedModel, create_app
+    from deploy.service.app import ServedModel, create_app
     from deploy.service.batching import Batcher
+    from deploy.service.connections import Server
+    from deploy.service.uploads import Limits
 
     models = {}
     for name, (folder, description) in folders.items():
@@ -89,12 +112,16 @@ def main() -> None:
         batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
         models[name] = ServedModel(description, batcher)
     signal.signal(signal.SIGTERM, end)  # once more: Paddle has put its own in place, which kills the process
-    app = create_app(models, Limits(args.max_upload_mb * 2**20, args.max_pixels, args.upload_seconds))
-    # A client that neither sends nor hangs up holds the end up for so many seconds at most.
-    config = uvicorn.Config(app, log_level="info" if args.verbose else "warning", timeout_graceful_shutdown=60)
+    limits = Limits(
+        upload_bytes=args.max_upload_mb * 2**20,
+        held_bytes=max(args.max_inflight_mb, args.max_upload_mb) * 2**20,
+        upload_seconds=args.upload_seconds,
+        pixels=args.max_pixels,
+    )
+    server = Server(create_app(models, limits, args.allow_origins), args.upload_seconds, args.verbose)
     host, bound = listener.getsockname()[:2]
     print(f"serving {', '.join(models)} at http://{f'[{host}]' if ':' in host else host}:{bound}", flush=True)
-    uvicorn.Server(config).run([listener])
+    server.run([listener])
 
 
 def named_folders(models: str, backend: str) -> dict[str, tuple[Path, dict[str, Any]]]:

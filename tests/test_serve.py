@@ -22,8 +22,9 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from deploy.service.app import Limits, ServedModel, create_app
+from deploy.service.app import ServedModel, create_app
 from deploy.service.batching import Batcher
+from deploy.service.uploads import Limits
 from tests.serving import HOSTILE, MB, PREDICT, Process, picture_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -390,7 +391,7 @@ def test_the_description_names_what_the_service_takes_and_answers(client):
     form = post["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert set(form["properties"]) == {"image", "image_threshold", "pixel_threshold", "map"}
     assert set(post["requestBody"]["content"]["application/json"]["schema"]["properties"]) == set(form["properties"])
-    assert set(post["responses"]) == {"200", "400", "404", "408", "413", "415", "422", "503"}
+    assert set(post["responses"]) == {"200", "400", "403", "404", "408", "413", "415", "422", "503"}
     assert {"/v1/models", "/health/live", "/health/ready", "/metrics"} <= set(described["paths"])
 
 

@@ -1,5 +1,6 @@
 """Pictures in, pictures out: reading, preprocessing, drawing. Arrays only, no framework."""
 
+import contextlib
 import glob
 import math
 import os
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from deploy.common.bombs import Bomb, check_size, check_structure
 from deploy.common.cli import UserError
 from deploy.common.files import regular_file, write_whole
 
@@ -93,7 +95,7 @@ def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = ma
 
     Raises:
         UserError: missing, truncated, not a picture, more pixels than `max_pixels` or than Pillow takes for a
-            decompression bomb.
+            decompression bomb, or a bomb of another kind (see `deploy.common.bombs`).
     """
     array = _decode(path, content, max_pixels)
     if array.dtype == np.uint16:
@@ -115,10 +117,10 @@ def read_mask(path: Path) -> np.ndarray:
 def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarray:
     """(H, W, 3) uint8, or (H, W) uint16."""
     try:
-        with Image.open(content or regular_file(path), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width}x{image.height}"
-                raise UserError(f"{path}: {size} is more than the {max_pixels} pixels allowed; scale it down")
+        with contextlib.nullcontext(content) if content else regular_file(path).open("rb") as file:
+            check_structure(file)
+        with Image.open(content or path, formats=FORMATS) as image:  # by its name, so that bitmaps are mapped
+            check_size(image, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
             if not image.mode.startswith("I"):
                 if image.mode == "F":
@@ -127,8 +129,11 @@ def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarr
             array = np.asarray(image)  # I;16 of 16-bit files, I of 32-bit files
     except UserError:
         raise
+    except Bomb as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # damaged files make Pillow raise many kinds: OSError, SyntaxError, TypeError
-        reason = "not a picture, or damaged" if isinstance(error, UnidentifiedImageError) else error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not a picture, or damaged" if unknown else str(error) or type(error).__name__  # MemoryError says none
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
     if array.min() < 0 or array.max() > 65535:
         raise UserError(f"{path}: has pixels beyond 16 bit; save it with 8 or 16 bit")

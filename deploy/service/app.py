@@ -7,43 +7,32 @@ or the picture's reader chokes on is a 4xx.
 import asyncio
 import base64
 import contextlib
-import io
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
 import prometheus_client
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive
+from pydantic import BaseModel, Field
 
 from deploy.common.cli import UserError
-from deploy.common.imaging import label, preprocess, read_rgb
+from deploy.common.imaging import label
 from deploy.common.runtime import available_cores
 from deploy.service.batching import Answer, Batcher, Full
+from deploy.service.decoding import Decoders
+from deploy.service.uploads import BODY, Limits, Uploads, busy, problem
 
 PAGE = Path(__file__).resolve().parent / "page"
-RETRY_AFTER = "1"  # seconds; by then some of what filled the queue is answered
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for."""
-
-    upload_bytes: int = 10 * 2**20  # of the whole body of a request
-    pixels: int = 32_000_000  # of a picture; its header tells before it is decoded
-    upload_seconds: float = 30.0  # a slower client gives its place in the queue to others
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,26 +44,6 @@ class ServedModel:
 
 
 # ---- what goes in and out
-
-
-class Options(BaseModel):
-    """What a request may say besides the picture."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image_threshold: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="the picture is an anomaly above it; by default the model's own"
-    )
-    pixel_threshold: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="a pixel is anomalous above it; by default the model's own"
-    )
-    map: bool = Field(False, description="true: answer the anomaly map too")
-
-
-class JsonRequest(Options):
-    """A picture and options as JSON."""
-
-    image: str = Field(description="the picture file, in base64")
 
 
 class Milliseconds(BaseModel):
@@ -128,155 +97,55 @@ class Problem(BaseModel):
 
 PROBLEMS = {
     400: "the body cannot be read",
+    403: "asked for by a page of another origin",
     404: "no such model",
     408: "the upload took too long",
     413: "the upload is too large",
     415: "the body is neither a form nor JSON",
-    422: "not a picture, too many pixels, or a wrong option",
+    422: "not a picture, too many pixels, too long to decode, or a wrong option",
     503: "busy; come again after Retry-After seconds",
 }
-# One address takes either kind of body, which FastAPI cannot tell from a signature.
-OPTIONS_SCHEMA = Options.model_json_schema()
-FORM_SCHEMA = {
-    **OPTIONS_SCHEMA,
-    "title": "FormRequest",
-    "properties": {
-        "image": {"type": "string", "format": "binary", "description": "the picture file"},
-        **OPTIONS_SCHEMA["properties"],
-    },
-    "required": ["image"],
-}
-BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {"schema": FORM_SCHEMA},
-        "application/json": {"schema": JsonRequest.model_json_schema()},
-    },
-}
-
-
-def problem(status: int, text: str, headers: dict[str, str] | None = None) -> HTTPException:
-    """The error to raise: one line; it is cut, since it may quote what came from outside."""
-    return HTTPException(status, " ".join(text.split())[:500], headers)
-
-
-# ---- reading uploads
-
-
-async def read_upload(request: Request, limits: Limits) -> tuple[bytes, Options]:
-    """The picture file and the options in a request's body.
-
-    Raises:
-        HTTPException: 400, 408, 413, 415 or 422.
-    """
-    kinds = {"multipart/form-data": read_form, "application/json": read_json}
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in kinds:
-        raise problem(415, f"Content-Type must be {' or '.join(kinds)}, not {kind or 'empty'}")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limits.upload_bytes:
-        raise too_large(limits)
-    try:
-        async with asyncio.timeout(limits.upload_seconds):
-            return await kinds[kind](Request(request.scope, limited(request.receive, limits)))
-    except TimeoutError as error:
-        raise problem(408, f"the upload took more than {limits.upload_seconds:g} seconds") from error
-    except ClientDisconnect as error:  # nobody will read it, but it is counted
-        raise problem(400, "the upload was broken off") from error
-
-
-def too_large(limits: Limits) -> HTTPException:
-    """The error of a body beyond the limit."""
-    return problem(413, f"the upload is larger than {limits.upload_bytes / 2**20:g} MB; scale the picture down")
-
-
-def limited(receive: Receive, limits: Limits) -> Receive:
-    """`receive`, which raises as soon as the body is too large, whatever length the client has announced."""
-    taken = 0
-
-    async def receive_limited() -> Message:
-        nonlocal taken
-        message = await receive()
-        taken += len(message.get("body", b""))
-        if taken > limits.upload_bytes:
-            raise too_large(limits)
-        return message
-
-    return receive_limited
-
-
-async def read_form(request: Request) -> tuple[bytes, Options]:
-    """A multipart form with the file `image` and the options as fields.
-
-    Raises:
-        HTTPException: 400 or 422.
-    """
-    try:
-        async with request.form(max_files=1, max_fields=len(Options.model_fields) + 1) as form:
-            fields = dict(form)
-            image = fields.pop("image", None)
-            content = await image.read() if isinstance(image, UploadFile) else None
-    except (HTTPException, ClientDisconnect):
-        raise
-    except Exception as error:  # the form's reader raises many kinds on what is no form
-        raise problem(400, f"the form cannot be read ({error})") from error
-    if content is None:
-        raise problem(422, "image: a file is needed in this field of the form")
-    if re.search(r"[/\\\x00-\x1f]", image.filename) or image.filename in (".", ".."):
-        raise problem(422, "image: its file name must be a plain name, not a path")
-    with validating():
-        return content, Options.model_validate(fields)
-
-
-async def read_json(request: Request) -> tuple[bytes, Options]:
-    """JSON with the file in base64 as `image`, and the options.
-
-    Raises:
-        HTTPException: 422.
-    """
-    body = await request.body()
-
-    def parse() -> tuple[bytes, Options]:
-        with validating():
-            options = JsonRequest.model_validate_json(body)
-        try:
-            return base64.b64decode(options.image, validate=True), options
-        except ValueError as error:
-            raise problem(422, f"image: not base64 ({error})") from error
-
-    return await asyncio.to_thread(parse)  # ten megabytes of it would hold up everyone
-
-
-@contextlib.contextmanager
-def validating() -> Iterator[None]:
-    """Turn what pydantic says into an error 422."""
-    try:
-        yield
-    except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors())
-        raise problem(422, "; ".join(faults)) from error
-
-
 # ---- between uploads and the model
-
-
-def decode(content: bytes, description: Mapping[str, Any], max_pixels: int) -> np.ndarray:
-    """A picture file -> (3, H, W) float32, what the model takes.
-
-    Raises:
-        HTTPException: 422.
-    """
-    try:
-        picture = read_rgb(Path("image"), io.BytesIO(content), max_pixels)
-    except UserError as error:
-        raise problem(422, str(error)) from error
-    return preprocess(picture, *description["input_size"], description["mean"], description["std"])[0]
 
 
 def encode_map(anomaly_map: np.ndarray) -> str:
     """(H, W) float in [0, 1] -> grey 8-bit PNG in base64."""
     grey = np.uint8(np.round(np.clip(anomaly_map, 0, 1) * 255))
     return base64.b64encode(cv2.imencode(".png", grey)[1]).decode()
+
+
+def check_origin(request: Request, allowed: Collection[str]) -> None:
+    """Refuse what a page from elsewhere makes a browser post; what no browser sends passes.
+
+    Browsers say so in Sec-Fetch-Site, the older ones and all of those without HTTPS in Origin alone.
+
+    Raises:
+        HTTPException: 403.
+    """
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    if site:
+        own = site in ("same-origin", "none")
+    else:
+        own = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if not own and origin not in allowed and "*" not in allowed:
+        raise problem(403, f"pages of {origin} may not post pictures here; --allow_origins lets them")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of the work, which is cancelled when the client hangs up; the request's body must have been read.
+
+    Raises:
+        HTTPException: 400; nobody will read it, but it is counted.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise problem(400, "the client hung up")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 class Metrics:
@@ -318,79 +187,73 @@ class Metrics:
 # ---- the application
 
 
-def create_app(models: Mapping[str, ServedModel], limits: Limits) -> FastAPI:
-    """The service as an ASGI application. When it shuts down it closes the models' queues.
+class Service:
+    """What the addresses of the API do."""
 
-    Args:
-        models: by the name in their address.
-        limits: what a request may ask for.
-    """
-    metrics = Metrics(models)
-    decoders = ThreadPoolExecutor(available_cores(), "decoder")  # few: a large picture takes much memory
+    def __init__(self, models: Mapping[str, ServedModel], limits: Limits, origins: Collection[str]) -> None:
+        self._models = models
+        self._origins = origins
+        self._metrics = Metrics(models)
+        self._uploads = Uploads(limits)
+        # Few: a large picture takes much memory. RGBA, its RGB, and that as bytes take 14 a pixel.
+        memory = 20 * limits.pixels + 10 * limits.upload_bytes + 100 * 2**20
+        self._decoders = Decoders(available_cores(), limits.pixels, limits.decode_seconds, memory)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """From the start of the service to its end, which closes the models' queues."""
+        await self._decoders.start()
         yield
-        for model in models.values():
+        for model in self._models.values():
             await asyncio.to_thread(model.batcher.close)
-        decoders.shutdown()
+        await self._decoders.close()
 
-    app = FastAPIOffline(title="FastFlow", version="1", lifespan=lifespan, redoc_url=None)
-
-    @app.exception_handler(Exception)
-    async def server_error(_: Request, __: Exception) -> JSONResponse:
-        return JSONResponse({"detail": "the server failed; its log says why"}, 500)
-
-    @app.get("/health/live", summary="Whether the process answers")
-    async def live() -> dict[str, str]:
+    async def live(self) -> dict[str, str]:
+        """Answer, whatever the models do."""
         return {"status": "live"}
 
-    @app.get("/health/ready", summary="Whether every model takes pictures", responses={503: {"model": Problem}})
-    async def ready() -> dict[str, str]:
-        stopped = [name for name, model in models.items() if not model.batcher.alive]
+    async def ready(self) -> dict[str, str]:
+        """Answer 503 if a model has stopped."""
+        stopped = [name for name, model in self._models.items() if not model.batcher.alive]
         if stopped:
             raise problem(503, f"stopped: {', '.join(stopped)}")
         return {"status": "ready"}
 
-    @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
-    async def figures() -> Response:
-        text = prometheus_client.generate_latest(metrics.registry)
+    async def metrics(self) -> Response:
+        """Requests, errors, times, batches, and the process's own figures."""
+        text = prometheus_client.generate_latest(self._metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models", summary="The models that are served")
-    async def list_models() -> ModelList:
-        return ModelList(models=[ModelInfo(**{**model.description, "name": name}) for name, model in models.items()])
+    async def models(self) -> ModelList:
+        """Names, input sizes and thresholds."""
+        served = self._models.items()
+        return ModelList(models=[ModelInfo(**{**model.description, "name": name}) for name, model in served])
 
-    @app.post(
-        "/v1/models/{name}:predict",
-        summary="Score a picture",
-        responses={status: {"model": Problem, "description": text} for status, text in PROBLEMS.items()},
-        openapi_extra={"requestBody": BODY},
-    )
-    async def predict(name: str, request: Request) -> Prediction:
+    async def predict(self, name: str, request: Request) -> Prediction:
+        """A picture in, as a form or as JSON; its score out."""
         # Prometheus keeps every label for ever, so names that clients make up share one.
-        with metrics.watch(name if name in models else "unknown"):
-            if name not in models:
-                raise problem(404, f"no model {name}; there are: {', '.join(models)}")
+        with self._metrics.watch(name if name in self._models else "unknown"):
+            check_origin(request, self._origins)
+            if name not in self._models:
+                raise problem(404, f"no model {name}; there are: {', '.join(self._models)}")
             try:
-                with models[name].batcher.place() as hand_in:
-                    return await score(name, request, hand_in)
+                return await self._score(name, request)
             except Full:
-                raise problem(503, "busy; come again", {"Retry-After": RETRY_AFTER}) from None
+                raise busy() from None
+            except UserError as error:
+                raise problem(422, str(error)) from error
 
-    async def score(name: str, request: Request, hand_in: Callable[[np.ndarray], Future[Answer]]) -> Prediction:
-        description = models[name].description
+    async def _score(self, name: str, request: Request) -> Prediction:
+        description = self._models[name].description
         begun = time.perf_counter()
-        content, options = await read_upload(request, limits)
-        received = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        item = await loop.run_in_executor(decoders, decode, content, description, limits.pixels)
-        decoded = time.perf_counter()
-        answer = await asyncio.wrap_future(hand_in(item))
-        metrics.batch_size.labels(name).observe(answer.batch_size)
+        async with self._uploads.read(request) as (content, options):
+            received = time.perf_counter()
+            decoded, answer = await while_connected(request, self._run(name, content))
+        self._metrics.batch_size.labels(name).observe(answer.batch_size)
         _, smoothed, image_score = answer.outputs  # (1, H, W), (1, H, W), ()
         image_threshold = description["image_threshold"] if options.image_threshold is None else options.image_threshold
         pixel_threshold = description["pixel_threshold"] if options.pixel_threshold is None else options.pixel_threshold
+        anomaly_map = await asyncio.to_thread(encode_map, smoothed[0]) if options.map else None
         seconds = {
             "upload": received - begun,
             "preprocess": decoded - received,
@@ -405,14 +268,55 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits) -> FastAPI:
             image_threshold=image_threshold,
             pixel_threshold=pixel_threshold,
             anomalous_share=float(np.mean(smoothed > pixel_threshold)),
-            map=encode_map(smoothed[0]) if options.map else None,
+            map=anomaly_map,
             batch_size=answer.batch_size,
             time_ms=Milliseconds(**{what: 1000 * value for what, value in seconds.items()}),
         )
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html")
+    async def _run(self, name: str, content: bytes) -> tuple[float, Answer]:
+        """When the picture was decoded, and what the model says of it."""
+        model = self._models[name]
+        with model.batcher.place() as hand_in:
+            item = await self._decoders.decode(content, model.description)
+            return time.perf_counter(), await asyncio.wrap_future(hand_in(item))
 
+
+def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Collection[str] = ()) -> FastAPI:
+    """The service as an ASGI application. When it shuts down it closes the models' queues.
+
+    Args:
+        models: by the name in their address.
+        limits: what requests may ask for.
+        origins: whose pages may post pictures, beside the service's own; `*`: all.
+    """
+    service = Service(models, limits, origins)
+    app = FastAPIOffline(title="FastFlow", version="1", lifespan=service.lifespan, redoc_url=None)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["POST"], expose_headers=["Retry-After"]
+        )
+    app.add_exception_handler(Exception, server_error)
+    app.get("/health/live", summary="Whether the process answers")(service.live)
+    not_ready = {503: {"model": Problem}}
+    app.get("/health/ready", summary="Whether every model takes pictures", responses=not_ready)(service.ready)
+    app.get("/metrics", summary="Figures for Prometheus", response_class=Response)(service.metrics)
+    app.get("/v1/models", summary="The models that are served")(service.models)
+    app.post(
+        "/v1/models/{name}:predict",
+        summary="Score a picture",
+        responses={status: {"model": Problem, "description": text} for status, text in PROBLEMS.items()},
+        openapi_extra={"requestBody": BODY},
+    )(service.predict)
+    app.get("/", include_in_schema=False)(page)
     app.mount("/page", StaticFiles(directory=PAGE))
     return app
+
+
+async def server_error(_: Request, __: Exception) -> JSONResponse:
+    """What is answered to whatever went wrong by itself."""
+    return JSONResponse({"detail": "the server failed; its log says why"}, 500)
+
+
+async def page() -> FileResponse:
+    """The page for people."""
+    return FileResponse(PAGE / "index.html")

@@ -1,0 +1,81 @@
+"""Small picture files that would take minutes or gigabytes to decode: told by their structure, before they are decoded.
+
+What is refused here, no camera and no program writes. What passes is decoded in time that grows with the file and its
+pixels only.
+"""
+
+import math
+import re
+from typing import BinaryIO
+
+from PIL import Image
+
+MOST_SCANS = 100  # of a JPEG; honest ones have 1 to 10, and each goes through all pixels again
+MOST_PARTS = 1000  # JPEG segments, PNG chunks other than pixels: Pillow looks at each, and adds EXIF to EXIF
+MOST_STRAY_BYTES = 100_000  # before the first scan of a JPEG, outside its segments; Pillow reads them one by one
+MOST_TILES = 100_000  # or strips, of a TIFF that Pillow puts together by itself
+EOI, SOS = 0xD9, 0xDA  # JPEG markers: end of image, start of scan
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
+MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xef\xfe]")  # those which a length follows, and EOI
+
+
+class Bomb(Exception):
+    """What the file is, and what to do with it if it is honest after all."""
+
+
+def check_structure(file: BinaryIO) -> None:
+    """Read the file for what it is made of.
+
+    Raises:
+        Bomb: it is one.
+    """
+    start = file.read(8)
+    if start.startswith(b"\xff\xd8\xff"):
+        _check_jpeg(start + file.read())
+    elif start == b"\x89PNG\r\n\x1a\n":
+        _check_png(file)
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Go through the segments as libjpeg does; pixels hold no marker, thumbnails within a segment do not count."""
+    scans = parts = stray = 0
+    place = 2
+    while (found := MARKER.search(data, place)) and found[0][1] != EOI:
+        parts += 1
+        if not scans:
+            stray += found.start() - place
+        scans += found[0][1] == SOS
+        if scans > MOST_SCANS:
+            raise Bomb(f"a JPEG of more than {MOST_SCANS} scans; save it again")
+        if parts > MOST_PARTS or stray > MOST_STRAY_BYTES:
+            raise Bomb("a JPEG with too much beside its pixels; save it again without metadata")
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+
+
+def _check_png(file: BinaryIO) -> None:
+    """Go from chunk to chunk."""
+    parts = 0
+    while len(head := file.read(8)) == 8 and not head.endswith(b"IEND"):
+        parts += not head.endswith((b"IDAT", b"fdAT", b"fcTL"))  # pixels, of an animation too
+        if parts > MOST_PARTS:
+            raise Bomb("a PNG with too much beside its pixels; save it again without metadata")
+        file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+
+
+def check_size(image: Image.Image, max_pixels: float) -> None:
+    """Compare an opened picture, and the tiles of a TIFF, with the pixels allowed.
+
+    A tile is decoded whole, however small the picture is; where `max_pixels` is infinite, Pillow's own limit holds for
+    it. Strips take no more than the picture: libtiff ends them where it ends, whatever their tag says.
+
+    Raises:
+        Bomb: more than `max_pixels`, or too many tiles.
+    """
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
+    if not all(isinstance(side, int) for side in tile) or len(image.tile) > MOST_TILES:
+        raise Bomb(f"a TIFF with odd tiles, or more than {MOST_TILES}; save it again")
+    limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
+    for (width, height), what in ((image.size, ""), (tile, " in a tile")):
+        if width * height > limit:
+            raise Bomb(f"{width}x{height}{what} is more than the {limit} pixels allowed; scale it down")

@@ -1,0 +1,67 @@
+"""A process that decodes pictures, one after the other, for `deploy.service.decoding`, which starts it and may kill it.
+
+A request on stdin is a line of JSON, {"bytes": ..., "input_size": [height, width], "mean": [...], "std": [...]}, and so
+many bytes of a picture file. The answer on stdout is a line of JSON and, unless it is {"error": "one line"}, the
+float32 of (3, height, width). The end of stdin ends the process.
+"""
+
+import faulthandler
+import io
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as a script: the folder above deploy/
+
+from deploy.common.cli import UserError
+from deploy.common.imaging import preprocess, read_rgb
+
+
+def main() -> None:
+    """Arguments: the most pixels of a picture, seconds after which the process ends itself, bytes it may take."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # to a whole group of processes; the service ends this one
+        signal.signal(number, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, on odd metadata; anyone can send those
+    max_pixels, seconds, memory = map(int, sys.argv[1:])
+    limit_memory(memory)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    with open(os.devnull, "w") as nowhere:
+        while line := requests.readline():
+            request = json.loads(line)
+            content = io.BytesIO(requests.read(request["bytes"]))
+            # A thread that ends the process, with no need of Python, whatever C code it is in.
+            faulthandler.dump_traceback_later(seconds, file=nowhere, exit=True)
+            answer, data = decode(content, max_pixels, request)
+            faulthandler.cancel_dump_traceback_later()
+            answers.write(json.dumps(answer).encode() + b"\n")
+            answers.write(data)
+            answers.flush()
+
+
+def decode(content: BinaryIO, max_pixels: int, request: dict[str, Any]) -> tuple[dict[str, str], bytes | memoryview]:
+    """The line and the bytes of the answer."""
+    try:
+        picture = read_rgb(Path("image"), content, max_pixels)
+    except UserError as error:
+        return {"error": str(error)}, b""
+    return {}, preprocess(picture, *request["input_size"], request["mean"], request["std"]).data
+
+
+def limit_memory(beyond: int) -> None:
+    """Let allocations fail that would take so many bytes more than the process has now; where /proc tells (Linux)."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data and stack
+    except (ImportError, OSError):
+        return
+    limit = pages * resource.getpagesize() + beyond
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Decoding in processes that can be killed."""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.common.cli import UserError
+
+DECODER = Path(__file__).resolve().parent / "decoder.py"
+GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs 0.1 s of CPU time
+
+
+class Decoders:
+    """Processes that decode pictures, each one picture at a time; further pictures wait for their turn."""
+
+    def __init__(self, count: int, max_pixels: int, seconds: int, memory: int) -> None:
+        """
+        Args:
+            count: the most processes; they are started when they are needed and kept.
+            max_pixels: of a picture.
+            seconds: that a picture may take.
+            memory: bytes that a process may take for a picture, where Linux holds it to that.
+        """
+        self._command = [sys.executable, str(DECODER), *map(str, (max_pixels, seconds, memory))]
+        self._seconds = seconds
+        self._turns = asyncio.Semaphore(count)
+        self._idle: list[Process] = []
+
+    async def start(self) -> None:
+        """Have one process ready, so that the first picture need not wait for its start."""
+        self._idle.append(await self._free())
+
+    async def close(self) -> None:
+        """End the processes that wait for work."""
+        for decoder in self._idle:
+            decoder.stdin.close()
+            await decoder.wait()
+
+    async def decode(self, content: bytes, description: Mapping[str, Any]) -> np.ndarray:
+        """A picture file -> (3, H, W) float32, what the model of this description takes.
+
+        Whoever cancels it has the process killed soon, be it in C code: nobody waits for a picture that nobody wants.
+
+        Raises:
+            UserError: it cannot be decoded, or not within the limits.
+        """
+        async with self._turns:
+            decoder = await self._free()
+            begun = time.monotonic()
+            work = asyncio.ensure_future(ask(decoder, content, description))
+            try:
+                answer = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait([work], timeout=GRACE)
+                raise
+            except (EOFError, OSError) as error:
+                late = time.monotonic() - begun >= self._seconds
+                reason = f"takes more than {self._seconds} seconds to decode" if late else "makes its decoder fail"
+                raise UserError(f"image: {reason}; save it in another format") from error
+            finally:
+                if work.done() and work.exception() is None:
+                    self._idle.append(decoder)
+                else:
+                    work.cancel()
+                    with contextlib.suppress(ProcessLookupError):
+                        decoder.kill()
+        if isinstance(answer, str):
+            raise UserError(answer)
+        return answer
+
+    async def _free(self) -> Process:
+        while self._idle:
+            decoder = self._idle.pop()
+            if decoder.returncode is None:
+                return decoder
+        return await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, limit=2**20)
+
+
+async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> np.ndarray | str:
+    """What the process makes of a picture file: (3, H, W) float32, or what is wrong with the file.
+
+    Raises:
+        EOFError, OSError: it has ended.
+    """
+    request = {key: description[key] for key in ("input_size", "mean", "std")} | {"bytes": len(content)}
+    decoder.stdin.writelines([json.dumps(request).encode(), b"\n", content])
+    await decoder.stdin.drain()
+    line = await decoder.stdout.readline()
+    if not line:
+        raise EOFError
+    answer = json.loads(line)
+    if "error" in answer:
+        return answer["error"]
+    height, width = description["input_size"]
+    data = await decoder.stdout.readexactly(3 * height * width * 4)
+    return np.frombuffer(data, np.float32).reshape(3, height, width)
