@@ -266,7 +266,9 @@ def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """
     loss = 0.0
     for z, log_det in latents:
-        loss = loss + 0.5 * paddle.square(z).mean() - log_det.mean() / math.prod(z.shape[1:])
+        # An axis at a time: all at once Paddle's CPU kernel adds up float32 numbers one by one, 3e-4 off at batch 32.
+        squares = paddle.square(z).sum(3).sum(2).sum(1).sum()
+        loss = loss + 0.5 * (squares / z.size) - log_det.mean() / math.prod(z.shape[1:])
     return loss
 
 

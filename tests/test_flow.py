@@ -154,6 +154,22 @@ def test_the_loss_is_its_formula():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_loss_of_many_numbers_is_exact_and_its_gradients_are_those_of_a_mean():
+    shapes = (8, 64, 64, 64), (3, 6, 33, 47)
+    latents = [(noise(*shape), noise(shape[0])) for shape in shapes]
+    expected, means = 0.0, 0.0
+    for z, log_det in latents:
+        z.stop_gradient = False
+        dimensions = np.prod(z.shape[1:])
+        expected += 0.5 * np.square(z.numpy().astype(np.float64)).mean() - log_det.numpy().mean() / dimensions
+        means = means + 0.5 * paddle.square(z).mean()
+    loss = negative_log_likelihood(latents)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    actual = paddle.grad(loss, [z for z, _ in latents])
+    for ours, theirs in zip(actual, paddle.grad(means, [z for z, _ in latents]), strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
 def test_the_location_score_is_its_formula():
     z = noise(2, 5, 3, 4)
     expected = 1 - np.exp(-0.5 * (z.numpy() ** 2).mean(axis=1, keepdims=True))
