@@ -26,7 +26,7 @@ from utils.checkpoint import load_checkpoint, save_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 # A model small enough for seconds; `pretrained: offline` so that nothing waits for a network.
-TINY = ["-o", "input_size=64", "-o", "flow_step=1", "-o", "pretrained=offline"]
+TINY = ["-o", "input_size=32", "-o", "flow_step=1", "-o", "pretrained=offline"]
 
 
 def without_weights() -> dict[str, str]:
@@ -117,7 +117,7 @@ def test_training_leaves_its_files(workplace):
     assert not any(name.startswith(".") for name in names), "temporary files are left"
     assert read_rgb(folder / "curves.png").shape == (400, 1000, 3)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["input_size"] == 64
+    assert config["input_size"] == 32
     assert config["epochs"] == 3
 
 
@@ -311,7 +311,7 @@ def test_all_figures_are_recomputed_from_saved_maps_without_our_code(workplace):
     with np.load(workplace.folder / "results/exp/bottle/maps.npz") as maps:
         arrays = dict(maps)
     maps, masks = arrays["smoothed"], arrays["masks"]
-    assert maps.shape == masks.shape == (26, 64, 64)
+    assert maps.shape == masks.shape == (26, 32, 32)
     assert maps.dtype == arrays["image_scores"].dtype == np.float32
     assert arrays["paths"].tolist() == sorted(arrays["paths"].tolist())
     assert all((workplace.folder / path).is_file() for path in arrays["paths"])
@@ -494,7 +494,7 @@ def test_eval_refuses_settings_of_another_training(workplace):
     options = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "exp")
     line = workplace.fail("eval.py", *options, "-o", "input_size=96")
     assert "best.pdparams" in line
-    assert "trained with input_size 64" in line
+    assert "trained with input_size 32" in line
 
 
 # ---- predict.py and deploy/infer.py
