@@ -196,6 +196,21 @@ class FastFlow(nn.Layer):
         for name, parameter in self.named_parameters():
             parameter.name = name  # the optimizer's state is stored under these names: any process can resume
 
+    @classmethod
+    def blank(cls, config: "Config") -> "FastFlow":
+        """A model with zeros for weights, to be filled from a checkpoint.
+
+        It draws no random numbers, which is most of the work of making a model. A new training draws those of the
+        backbone too, though it drops them: the flows' start comes after them in Paddle's stream, and with another start
+        a training would give other results. Layers that another thread makes meanwhile get zeros too.
+        """
+        zeros = nn.initializer.Constant(0.0)
+        nn.initializer.set_global_initializer(zeros, zeros)
+        try:
+            return cls(config)
+        finally:
+            nn.initializer.set_global_initializer(None)
+
     def train(self) -> None:
         """Train the norms and flows; the backbone stays in eval mode, its BatchNorm statistics are ImageNet's."""
         super().train()

@@ -1,11 +1,14 @@
 """The model's maths, each piece against its definition."""
 
+import dataclasses
+
 import numpy as np
 import paddle
 import pytest
 from paddle import nn
 from scipy import ndimage
 
+from deploy.common.cli import UserError
 from models.fastflow import FastFlow, Flow, FlowStep, negative_log_likelihood, per_location_score
 from utils.config import load_config
 from utils.training import build_optimizer, training_step
@@ -251,6 +254,33 @@ def test_sizes_that_no_stride_divides_work(height, width):
 
 def test_the_published_model_trains_2450604_numbers(config):
     assert FastFlow(config).trainable_parameters() == 2_450_604
+
+
+@pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="a GPU draws other numbers")
+def test_a_seed_gives_the_start_that_it_has_always_given(config):
+    """So that a published training can be had again; the backbone's own draws come before those of the flows."""
+    paddle.seed(config.seed)
+    flows = FastFlow(config).nf_flows
+    first, last = flows[0].module_list[0].subnet[0].weight, flows[2].module_list[-1].subnet[2].weight
+    np.testing.assert_allclose(first[0, 0, 0], [-0.05676457, 0.15939362, 0.11815874], rtol=1e-6)
+    np.testing.assert_allclose(last[-1, -1, -1], [-0.0405443, -0.00412387, -0.00493379], rtol=1e-6)
+
+
+def test_a_blank_model_draws_nothing_and_leaves_no_trace(config):
+    def drawn_next():
+        return nn.Linear(3, 3).weight.numpy()
+
+    paddle.seed(1)
+    expected = drawn_next()
+    paddle.seed(1)
+    blank = FastFlow.blank(config)
+    np.testing.assert_array_equal(drawn_next(), expected)
+    shapes = {name: value.shape for name, value in FastFlow(config).state_dict().items()}
+    assert {name: value.shape for name, value in blank.state_dict().items()} == shapes
+    with pytest.raises(UserError):
+        FastFlow.blank(dataclasses.replace(config, hidden_ratio=0.001))
+    paddle.seed(1)
+    np.testing.assert_array_equal(drawn_next(), expected)
 
 
 def test_training_changes_every_parameter_but_the_backbone():

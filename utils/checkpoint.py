@@ -168,7 +168,7 @@ def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
         UserError: no such file, damaged, of another architecture, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
-    model = FastFlow(config)
+    model = FastFlow.blank(config)
     fill_model(model, config, checkpoint, path)
     for name, value in model.state_dict().items():
         if not paddle.isfinite(value).all().item():
