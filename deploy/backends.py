@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploy.common import runtime
-from deploy.common.cli import UserError, boolean, positive_int, warn
+from deploy.common.cli import NO_PADDLE, UserError, boolean, positive_int, warn
 
 FILES = {
     "paddle": ("inference.json", "inference.pdiparams"),
@@ -312,8 +312,8 @@ def _importing(backend: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
-        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
+        advice = NO_PADDLE if backend == "paddle" else "pip install -r requirements-deploy.txt"
+        raise UserError(f"--backend {backend}: cannot be imported ({error}); {advice}") from error
 
 
 def _check_size(images: Any, size: list[int]) -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.common.cli import DISK_FULL, UserError, run_main
-from deploy.common.files import flush, hold_folder, make_folder
+from deploy.common.files import flush, hold_folder, make_folder, sha256
 from deploy.common.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
 from utils.results import category_folder
@@ -201,11 +201,6 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
 def array_sha256(value: "Tensor") -> str:
     """Of a tensor's numbers, in hexadecimal."""
     return hashlib.sha256(value.numpy().tobytes()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Of the file's content, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

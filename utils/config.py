@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deploy.common.cli import UserError
+from deploy.common.cli import LARGEST_SIDE, UserError
 from deploy.common.plain_yaml import parse_yaml, read_yaml
 
 
@@ -86,8 +86,8 @@ LOWEST = {
 HIGHEST = {
     "ema_decay": 0.9999,
     "holdout": 0.5,
-    "input_size": 4096,  # from here on: beyond it memory ends, not sense
-    "flow_step": 64,
+    "input_size": LARGEST_SIDE,
+    "flow_step": 64,  # from here on: beyond it memory ends, not sense
     "hidden_ratio": 64,
     "epochs": 1_000_000,  # each checkpoint holds the whole history
 }

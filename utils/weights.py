@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import read_batches
 from deploy.common.cli import UserError, warn
-from deploy.common.files import regular_file, write_whole
+from deploy.common.files import regular_file, sha256, write_whole
 from deploy.common.imaging import normalise
 from models.backbone import Backbone, find_backbone
 from models.offline_start import calibrated_start
@@ -147,7 +147,7 @@ def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> 
     if isinstance(weights, dict):  # set_state says so if it is anything else
         weights = {name: value for name, value in weights.items() if not str(name).startswith(entry.left_out)}
     set_state(backbone, weights, str(path))
-    return {"source": source, "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"source": source, "file": str(path), "sha256": sha256(path)}
 
 
 def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> None:

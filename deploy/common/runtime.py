@@ -7,8 +7,10 @@ import contextlib
 import io
 import math
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.common.cli import UserError
@@ -41,7 +43,7 @@ def setup(verbose: bool = False) -> dict[str, str]:
     import numpy.random  # noqa: F401  numpy 2.4 does so when it is first used; after paddle 2.6 that crashes
 
     notes = io.StringIO()
-    with contextlib.redirect_stderr(notes):
+    with contextlib.redirect_stderr(notes), _own_sigterm():
         import paddle  # noqa: F401
     for line in notes.getvalue().splitlines():
         if "OMP_NUM_THREADS" not in line:  # Paddle warns of more than one thread; its MKL build is made for it
@@ -50,6 +52,20 @@ def setup(verbose: bool = False) -> dict[str, str]:
     if verbose:
         print("runtime: " + " ".join(f"{k}={v}" for k, v in chosen.items()), file=sys.stderr)
     return chosen
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep Python's handler of SIGTERM: Paddle's, which it puts in place when it is imported, prints a stack."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where Paddle has none
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes meanwhile waits
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def local_processes() -> int:
@@ -98,6 +114,16 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path
     except (OSError, ValueError):
         pass  # no cgroup limit to read
     return max(free, 0)
+
+
+def peak_memory() -> int | None:
+    """The most bytes of main memory that this process has held so far; None on Windows, which has another interface."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
