@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deploy.common.cli import UserError, positive_int, run_main
 from deploy.common.files import hold_folder, make_folder, write_text, write_whole
@@ -50,6 +48,8 @@ def main() -> None:
     config = start(args, **options, amp=args.amp or None)
 
     import paddle  # this and what imports it: only after start() has set the runtime up
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from datasets.mvtec import hold_out, load_category, load_ground_truth
     from models.fastflow import FastFlow

@@ -154,7 +154,7 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
     """Copy the arrays into the layer's parameters and buffers of the same names.
 
     Raises:
-        UserError: names are missing or unknown, or shapes differ; nothing is copied then.
+        UserError: names are missing or unknown, shapes differ, or numbers are not finite; nothing is copied then.
     """
     if not isinstance(state, Mapping):
         raise UserError(f"{source}: holds no named weights")
@@ -173,4 +173,7 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{source}: does not fit this model: {'; '.join(problems[:5])}{more}")
+    for name, value in values.items():  # in a backbone a ReLU may hide it
+        if not np.isfinite(value).all():
+            raise UserError(f"{source}: {name} holds numbers that are not finite: damaged, or of a diverged training")
     layer.set_state_dict(values)

@@ -13,7 +13,7 @@ from typing import NoReturn
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says of it
 LARGEST_SIDE = 4096  # of a model's pictures, in pixels: beyond it memory ends, not sense
 NO_PADDLE = (
-    "pip install -r requirements.txt (Paddle is there for Linux and Windows on x86-64 and for macOS on ARM; elsewhere "
+    "pip install -r requirements.txt (PyPI has it for Linux and Windows on x86-64 and for macOS on ARM; elsewhere "
     "deploy/infer.py and deploy/serve.py run with --backend onnxruntime or openvino)"
 )
 

@@ -50,7 +50,8 @@ def list_images(path: str | Path) -> list[Path]:
 
 def _matches(pattern: str) -> set[Path]:
     """What `glob.glob(pattern, recursive=True)` finds, but `**` enters no link: two in circles would take for ever."""
-    head, *tails = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    separators = re.escape(os.sep + (os.altsep or ""))  # Windows has two
+    head, *tails = re.split(rf"(?:^|(?<=[{separators}]))\*\*(?:[{separators}]|$)", pattern, maxsplit=1)
     if not tails:
         return {Path(name) for name in glob.glob(pattern)}
     found = set()
