@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.common.cli import UserError
@@ -43,7 +42,7 @@ def setup(verbose: bool = False) -> dict[str, str]:
     import numpy.random  # noqa: F401  numpy 2.4 does so when it is first used; after paddle 2.6 that crashes
 
     notes = io.StringIO()
-    with contextlib.redirect_stderr(notes), _own_sigterm():
+    with contextlib.redirect_stderr(notes), _KeepSigterm():
         import paddle  # noqa: F401
     for line in notes.getvalue().splitlines():
         if "OMP_NUM_THREADS" not in line:  # Paddle warns of more than one thread; its MKL build is made for it
@@ -54,18 +53,24 @@ def setup(verbose: bool = False) -> dict[str, str]:
     return chosen
 
 
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep Python's handler of SIGTERM: Paddle's, which it puts in place when it is imported, prints a stack."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where Paddle has none
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # one that comes meanwhile waits
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class _KeepSigterm:
+    """An import hook that finds nothing, and puts Python's handler of SIGTERM back with every module that is imported.
+
+    Half-way through its import Paddle puts one in place that prints a stack.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def find_spec(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def __enter__(self) -> None:
+        sys.meta_path.insert(0, self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        self.find_spec()
 
 
 def local_processes() -> int:
