@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,10 +148,12 @@ def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) ->
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder.parent}: Paddle cannot write the model ({reason}); {ADVICE}") from error
     except TypeError as error:
-        if "got Variable" not in str(error):
+        lacking = re.search(r"(\w+)\(\): .* must be Value, but got Variable", str(error))
+        if not lacking:
             raise
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--format pdmodel: the older form of a program cannot hold this model ({reason})") from error
+        raise UserError(
+            f"--format pdmodel: Paddle {paddle.__version__} cannot write {lacking[1]} into a program of the older form"
+        ) from error
     # Under other names than ours; where the last array ends too soon, Paddle reads it nevertheless.
     ours = {array_sha256(value) for value in (*form.parameters(), *form.buffers())}
     if not ours.issuperset(map(array_sha256, written.values())):

@@ -169,7 +169,8 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
         elif list(value.shape) != list(own[name].shape):
             problems.append(f"{name} has shape {list(value.shape)} instead of {list(own[name].shape)}")
         else:
-            values[name] = np.asarray(value, np.float32)
+            with np.errstate(over="ignore"):  # to infinity, which is refused below
+                values[name] = np.asarray(value, np.float32)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{source}: does not fit this model: {'; '.join(problems[:5])}{more}")
