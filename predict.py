@@ -50,7 +50,7 @@ def main() -> int:
                 _, smoothed, score = model(paddle.to_tensor(batch))
             drawing = draw_result(picture, smoothed.numpy()[0, 0], score.item(), thresholds.image, thresholds.pixel)
             write_picture(folder / "result.jpg" if single else drawings[path], drawing)
-            print(("" if single else f"{path}  ") + decision_line(score.item(), thresholds.image), flush=True)
+            print(decision_line(score.item(), thresholds.image, None if single else path), flush=True)
             done += 1
         except UserError as error:
             report_error(error)  # the other pictures still count

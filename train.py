@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deploy.common.cli import UserError, interval, positive_int, run_main
 from deploy.common.files import hold_folder, make_folder, write_text, write_whole
@@ -51,6 +49,8 @@ def main() -> None:
     config = start(args, **options, amp=args.amp or None)
 
     import paddle  # this and what imports it: only after start() has set the runtime up
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from datasets.mvtec import hold_out, load_category, load_ground_truth
     from models.fastflow import FastFlow

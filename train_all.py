@@ -17,8 +17,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TextIO
 
-from tqdm import tqdm
-
 from datasets.mvtec import MVTEC_CATEGORIES, list_categories
 from deploy.common import runtime
 from deploy.common.cli import UserError, positive_int, run_main
@@ -61,6 +59,8 @@ def cards(text: str) -> list[str]:
 
 def main() -> int:
     args = parse_args()
+    if not hasattr(signal, "SIGHUP"):  # Windows, which can neither tie processes nor interrupt them like this
+        raise UserError("train_all.py: needs Linux or macOS; elsewhere train.py trains one category at a time")
     config = load_config(args.config, args.override, epochs=args.epochs)
     names = find_categories(Path(args.data))
     folder = experiment_folder(args.exp_dir)
@@ -72,7 +72,7 @@ def main() -> int:
     options += [word for override in overrides for word in ("-o", override)]
 
     sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)
     with Board(names, alone=len(devices) == 1) as board:
@@ -157,6 +157,9 @@ class Board:
 
     def __init__(self, names: Sequence[str], alone: bool) -> None:
         """`alone`: one category trains at a time, whose lines a terminal shows too."""
+        from tqdm import tqdm  # here, so that main() can say where packages are missing
+
+        self._write = tqdm.write
         self._terminal = sys.stdout.isatty()
         self._alone = alone
         self._width = max(map(len, names))
@@ -180,14 +183,14 @@ class Board:
         if self._terminal:
             self._bars[name].set_description_str(line)
         else:
-            tqdm.write(line)
+            self._write(line)
 
     def printed(self, name: str, line: str) -> None:
         """The category's training printed a line."""
         if self._terminal:
             self.show(name, f"running  {line.removeprefix(name).strip()}")
         if self._alone or not self._terminal:
-            tqdm.write(line if line.startswith(name) else f"{name}  {line}")
+            self._write(line if line.startswith(name) else f"{name}  {line}")
 
 
 class Trainings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploy.common import runtime
-from deploy.common.cli import UserError, boolean, positive_int, warn
+from deploy.common.cli import NO_PADDLE, UserError, boolean, positive_int, warn
 
 FILES = {
     "paddle": ("inference.json", "inference.pdiparams"),
@@ -117,8 +117,7 @@ class PaddleModel:
         if self.device == "gpu":
             self._configure_gpu(inference, config, options)
         else:
-            # With the older form of the program oneDNN was not tried.
-            self._configure_cpu(config, options, options.use_mkldnn and program != OLD_PROGRAM)
+            self._configure_cpu(config, options, program)
         try:
             self._predictor = inference.create_predictor(config)
         except Exception as error:  # Paddle raises its own kinds
@@ -134,13 +133,15 @@ class PaddleModel:
                 raise UserError(f"--use_tensorrt True: {self.version} was built without TensorRT")
             config.enable_tensorrt_engine(max_batch_size=options.max_batch_size, precision_mode=kind)
 
-    def _configure_cpu(self, config: Any, options: Options, onednn: bool) -> None:
-        if options.precision == "bf16" and not (onednn and "avx512_bf16" in runtime.cpu_flags()):
+    def _configure_cpu(self, config: Any, options: Options, program: str) -> None:
+        if options.precision == "bf16" and program == OLD_PROGRAM:  # Paddle 2.6 does, and prints; 3.3 fails at the run
+            raise UserError(f"--precision bf16: not with {OLD_PROGRAM}; export with --format paddle")
+        if options.precision == "bf16" and not (options.use_mkldnn and "avx512_bf16" in runtime.cpu_flags()):
             raise UserError("--precision bf16: Paddle has it on a CPU with avx512_bf16 only, with --use_mkldnn True")
         if options.precision not in ("fp32", "bf16"):
             raise UserError(f"--precision {options.precision}: {self.version} has fp32 and bf16 on the CPU")
         config.disable_gpu()
-        if onednn:
+        if options.use_mkldnn:
             config.enable_mkldnn()
         else:
             config.disable_mkldnn()
@@ -312,8 +313,8 @@ def _importing(backend: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        where = "requirements.txt" if backend == "paddle" else "requirements-deploy.txt"
-        raise UserError(f"--backend {backend}: cannot be imported ({error}); pip install -r {where}") from error
+        advice = NO_PADDLE if backend == "paddle" else "pip install -r requirements-deploy.txt"
+        raise UserError(f"--backend {backend}: cannot be imported ({error}); {advice}") from error
 
 
 def _check_size(images: Any, size: list[int]) -> None:

@@ -1,20 +1,28 @@
 """Export: python deploy/export_model.py --exp_dir exp --category bottle -cfg configs/resnet18.yaml
 --save_inference_dir ./results/inference --format all
 
-Writes `inference.yml` (all that inference needs beside the program) and, by `--format`, Paddle's `inference.json` (the
-program; Paddle 2.6 writes `inference.pdmodel`) and `inference.pdiparams` (its parameters, backbone included), or
-`inference.onnx`, which carries the content of `inference.yml` as its metadata, or both. The program takes normalised
-pictures (B, 3, H, W) float32, any B, and returns the anomaly map (B, 1, H, W), the smoothed map (B, 1, H, W) and the
-image score (B).
+Writes `inference.yml` (all that inference needs beside the program) and, by `--format`:
+
+paddle: Paddle's `inference.json` (the program; Paddle 2.6 writes `inference.pdmodel`) and `inference.pdiparams` (its
+    parameters, backbone included);
+pdmodel: `inference.pdmodel`, the program in the form that Paddle 2 reads, and `inference.pdiparams`;
+onnx: `inference.onnx`, which carries the content of `inference.yml` as its metadata;
+all: what paddle and onnx write. A folder holds one program of Paddle's, so pdmodel has an export of its own.
+
+The program takes normalised pictures (B, 3, H, W) float32, any B, and returns the anomaly map (B, 1, H, W), the
+smoothed map (B, 1, H, W) and the image score (B).
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.common.cli import DISK_FULL, UserError, run_main
-from deploy.common.files import flush, hold_folder, make_folder
+from deploy.common.files import flush, hold_folder, make_folder, sha256
 from deploy.common.imaging import MEAN, STD
 from utils.options import add_category, common_parser, start
 from utils.results import category_folder
@@ -46,13 +54,18 @@ def parse_args() -> argparse.Namespace:
     add_category(parser, "category whose checkpoint is exported")
     parser.add_argument("--save_inference_dir", default="./results/inference", help="written to (%(default)s)")
     parser.add_argument(
-        "--format", choices=("paddle", "onnx", "all"), default="paddle", help="of what is written (%(default)s)"
+        "--format",
+        choices=("paddle", "pdmodel", "onnx", "all"),
+        default="paddle",
+        help=f"of what is written; pdmodel: {OLD_PROGRAM} for Paddle 2, all: paddle and onnx (%(default)s)",
     )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    if args.format == "pdmodel":
+        os.environ["FLAGS_enable_pir_api"] = "0"  # read by Paddle 3 as it is imported: programs of the older form
     config = start(args)
 
     import paddle
@@ -62,7 +75,8 @@ def main() -> None:
     from utils.checkpoint import load_model
 
     versions = {"paddle": paddle.__version__}
-    if args.format != "paddle":
+    to_onnx = args.format in ("onnx", "all")
+    if to_onnx:
         versions |= converter_versions()
     checkpoint_path = category_folder(args.exp_dir, args.category) / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path)
@@ -92,7 +106,7 @@ def main() -> None:
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
         aside.mkdir()
         write_program(InferenceForm(model), config.size, aside)
-        if args.format != "paddle":
+        if to_onnx:
             write_onnx(aside, description)
         if args.format == "onnx":
             for name in model_files(aside, "paddle"):
@@ -119,7 +133,7 @@ def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) ->
     """Write Paddle's program and its parameters, and read them back: on a full disk Paddle says nothing.
 
     Raises:
-        UserError: not all of it is there.
+        UserError: not all of it is there, or the program's older form lacks an operator.
     """
     import paddle
 
@@ -127,16 +141,58 @@ def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) ->
     program = paddle.jit.to_static(form, input_spec=[spec], full_graph=True)
     path = folder / "inference"
     try:
-        paddle.jit.save(program, str(path))
+        with operators_of_the_older_form():
+            paddle.jit.save(program, str(path))
         written = paddle.jit.load(str(path)).state_dict()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder.parent}: Paddle cannot write the model ({reason}); {ADVICE}") from error
+    except TypeError as error:
+        lacking = re.search(r"(\w+)\(\): .* must be Value, but got Variable", str(error))
+        if not lacking:
+            raise
+        raise UserError(
+            f"--format pdmodel: Paddle {paddle.__version__} cannot write {lacking[1]} into a program of the older form"
+        ) from error
     # Under other names than ours; where the last array ends too soon, Paddle reads it nevertheless.
     ours = {array_sha256(value) for value in (*form.parameters(), *form.buffers())}
     if not ours.issuperset(map(array_sha256, written.values())):
         raise UserError(f"{folder.parent}: Paddle has not written the whole model; {ADVICE}")
     path.with_suffix(".pdiparams.info").unlink(missing_ok=True)  # of Paddle 2.6; nothing reads it
+
+
+@contextlib.contextmanager
+def operators_of_the_older_form() -> Iterator[None]:
+    """Within it Paddle 3 can write the exp, sigmoid and matmul of a model into programs of the older form.
+
+    It knows that form without PIR, as FLAGS_enable_pir_api=0 asks for; but its own functions of these operators have
+    been made for PIR alone since 3.0.
+    """
+    from paddle import _C_ops
+    from paddle.base.layer_helper import LayerHelper
+    from paddle.framework import in_dynamic_or_pir_mode
+
+    def add(kind: str, inputs: dict[str, Any], **attributes: bool) -> Any:
+        helper = LayerHelper(kind)
+        result = helper.create_variable_for_type_inference(inputs["X"].dtype)
+        helper.append_op(type=kind, inputs=inputs, outputs={"Out": result}, attrs=attributes)
+        return result
+
+    def matmul(x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+        return add("matmul_v2", {"X": x, "Y": y}, trans_x=transpose_x, trans_y=transpose_y)
+
+    def choose(newer: Callable, older: Callable) -> Callable:
+        return lambda *args, **kwargs: (newer if in_dynamic_or_pir_mode() else older)(*args, **kwargs)
+
+    older = {"exp": lambda x: add("exp", {"X": x}), "sigmoid": lambda x: add("sigmoid", {"X": x}), "matmul": matmul}
+    newer = {name: getattr(_C_ops, name) for name in older}
+    try:
+        for name in older:
+            setattr(_C_ops, name, choose(newer[name], older[name]))
+        yield
+    finally:
+        for name in newer:
+            setattr(_C_ops, name, newer[name])
 
 
 def converter_versions() -> dict[str, str]:
@@ -201,11 +257,6 @@ def write_onnx(folder: Path, description: dict[str, Any]) -> None:
 def array_sha256(value: "Tensor") -> str:
     """Of a tensor's numbers, in hexadecimal."""
     return hashlib.sha256(value.numpy().tobytes()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Of the file's content, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ or all ONNX Runtime or OpenVINO. No training code.
 """
 
 import argparse
-import hashlib
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the folder above deploy/
 
 from deploy.backends import add_runtime, asked_for, load_exported, model_files
+from deploy.common import runtime
 from deploy.common.cli import (
+    LARGEST_SIDE,
     ArgumentParser,
     UserError,
     add_pictures,
@@ -29,10 +29,9 @@ from deploy.common.cli import (
     run_main,
     warn,
 )
-from deploy.common.files import make_folder, write_text
+from deploy.common.files import make_folder, sha256, write_text
 
 PACKAGES = "numpy opencv-python-headless pillow pyyaml"  # beside the runtime
-LARGEST_SIDE = 4096  # of a model's pictures, as in the configs
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,6 +61,7 @@ def main() -> int:
         decision_line,
         draw_result,
         drawing_paths,
+        drawn_size,
         label,
         list_images,
         preprocess,
@@ -96,26 +96,26 @@ def main() -> int:
     try:
         for start in range(0, len(paths), args.batch_size):
             begun = time.perf_counter()
-            pictures = {}
+            inputs, pictures = [], {}  # what the model takes, and what is drawn: full-size pictures may be large
             for path in paths[start : start + args.batch_size]:
                 results[path] = {"path": str(path)}
                 try:
-                    pictures[path] = read_rgb(path)
+                    picture = read_rgb(path)
                 except UserError as error:
                     report_error(error)  # the other pictures still count
                     results[path]["error"] = str(error)
-            if not pictures:
+                    continue
+                inputs.append(preprocess(picture, height, width, description["mean"], description["std"]))
+                pictures[path] = drawn_size(picture) if drawings else None
+            if not inputs:
                 continue
-            batch = np.concatenate(
-                [preprocess(p, height, width, description["mean"], description["std"]) for p in pictures.values()]
-            )
+            batch = np.concatenate(inputs)
             read = time.perf_counter()
             _, smoothed, scores = model.run(batch)
             run = time.perf_counter()
             for (path, picture), value, anomaly_map in zip(pictures.items(), scores, smoothed, strict=True):
                 score = float(value)
-                prefix = "" if len(paths) == 1 else f"{path}  "
-                print(prefix + decision_line(score, image_threshold))
+                print(decision_line(score, image_threshold, path if len(paths) > 1 else None))
                 results[path] |= {"score": score, "label": label(score, image_threshold), "threshold": image_threshold}
                 if drawings:
                     drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
@@ -169,7 +169,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     except (OSError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
+        if sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: does not belong to the inference.yml beside it; export again")
     return description
 
@@ -184,7 +184,8 @@ def print_benchmark(times: Any, device: str) -> None:
         p50, p95 = np.percentile(values, (50, 95))
         print(f"{name}_time(ms): mean {values.mean():.3f}, p50 {p50:.3f}, p95 {p95:.3f}")
     print(f"images/sec: {len(times) / times.sum():.2f}")
-    print(f"cpu_memory_peak(MB): {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.1f}")
+    if memory := runtime.peak_memory():
+        print(f"cpu_memory_peak(MB): {memory / 2**20:.1f}")
     if device == "gpu" and "paddle" in sys.modules:
         import paddle
 

@@ -47,7 +47,7 @@ class InferenceForm(nn.Layer):
             maps.append(self.resize[i](score))
             smoothed.append(self.resize_and_smooth[i](score))
         anomaly_map = sum(maps) / len(maps)
-        return anomaly_map, sum(smoothed) / len(smoothed), anomaly_map.max(axis=[1, 2, 3])
+        return anomaly_map, paddle.clip(sum(smoothed) / len(smoothed), 0, 1), anomaly_map.max(axis=[1, 2, 3])
 
 
 class _Flow(nn.Layer):

@@ -245,12 +245,13 @@ class FastFlow(nn.Layer):
         return self.score(self.feature_extractor(images))
 
     def score(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Features -> anomaly map (B, 1, H, W), the same smoothed, image score (B); all in [0, 1)."""
+        """Features -> anomaly map (B, 1, H, W), the same smoothed, image score (B); all in [0, 1]."""
         maps = []
         for i, (z, _) in enumerate(self.latents(features)):
             maps.append(self.resize[i](per_location_score(z)))  # (B, 1, H, W)
         anomaly_map = sum(maps) / len(maps)
-        return anomaly_map, self.smooth(anomaly_map), anomaly_map.max(axis=[1, 2, 3])
+        smoothed = paddle.clip(self.smooth(anomaly_map), 0, 1)  # of ones it would be a little more, by rounding
+        return anomaly_map, smoothed, anomaly_map.max(axis=[1, 2, 3])
 
 
 def _check_shapes(shapes: Sequence[tuple[int, int, int]], config: "Config") -> None:

@@ -28,6 +28,7 @@ def start(
     folder: Path,
     environ: Mapping[str, str] | None = None,
     kill_at_rename: int = 0,
+    signal_at_rename: int = signal.SIGKILL,
     largest_file: int = 0,
     draws: bool = False,
 ) -> multiprocessing.Process:
@@ -35,14 +36,15 @@ def start(
 
     Args:
         environ: its environment; None for that of the caller.
-        kill_at_rename: it ends by kill -9 just before it gives the n-th file its name; 0 for never.
+        kill_at_rename: it gets the signal just before it gives the n-th file its name; 0 for never.
+        signal_at_rename: kill -9 if no other is named.
         largest_file: bytes beyond which it cannot write a file; 0 for any.
         draws: its figures are drawn. They take as long as a small model's training, so each is one dot otherwise.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "tests.forked_server"])
     variables = dict(os.environ if environ is None else environ)
-    hazards = kill_at_rename, largest_file
+    hazards = kill_at_rename, signal_at_rename, largest_file
     process = context.Process(target=_run, args=(module, options, folder, variables, *hazards, draws))
     process.start()
     return process
@@ -84,6 +86,7 @@ def _run(
     folder: Path,
     environ: Mapping[str, str],
     kill_at_rename: int,
+    signal_at_rename: int,
     largest_file: int,
     draws: bool,
 ) -> None:
@@ -104,7 +107,7 @@ def _run(
         nonlocal renames
         renames += event == "os.rename"
         if event == "os.rename" and renames == kill_at_rename:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal_at_rename)
 
     sys.addaudithook(count)
     if not draws:

@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 import pytest
 import yaml
+from PIL import Image
 
 from deploy import backends
 from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, set_up
@@ -348,18 +349,63 @@ def test_an_export_leaves_nothing_of_another_format(exported):
     assert "inference.json is missing" in done.stderr
 
 
-def test_a_program_in_the_form_of_paddle_2_6(tmp_path):
-    save = (
-        "import paddle; from paddle import nn; layer = nn.Conv2D(3, 1, 1, weight_attr=nn.initializer.Constant(2.0)); "
-        "spec = paddle.static.InputSpec([None, 3, 4, 4], 'float32'); "
-        "paddle.jit.save(paddle.jit.to_static(layer, [spec], full_graph=True), 'inference')"
+PADDLE_2 = paddle.__version__.startswith("2.")
+
+
+def export_old(folder, target, *options, **environment):
+    """An export in a process of its own: which form programs have is decided as paddle is imported."""
+    command = [sys.executable, ROOT / "deploy/export_model.py", "-cfg", ROOT / "configs/resnet18.yaml", *OVERRIDES]
+    command += ["-cat", "bottle", "--save_inference_dir", folder / target, *options]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return folder / target
+
+
+@pytest.fixture(scope="module")
+def pdmodel(exported):
+    """The folder of an export of the same model for older runtimes."""
+    return export_old(exported, "old", "--format", "pdmodel")
+
+
+@pytest.mark.parametrize("use_mkldnn", [True, False])
+def test_an_export_for_older_runtimes_agrees_too(model, exported, pdmodel, use_mkldnn):
+    files = {"inference.pdmodel", "inference.pdiparams"}
+    assert {path.name for path in pdmodel.iterdir()} == {*files, "inference.yml"}
+    assert yaml.safe_load((pdmodel / "inference.yml").read_text())["sha256"].keys() == files
+    assert model_files(pdmodel, "paddle") == ("inference.pdmodel", "inference.pdiparams")
+    loaded = load_exported(pdmodel, "paddle", Options(threads=1, use_mkldnn=use_mkldnn))
+    check(model, loaded)
+    images = batch(8)
+    for actual, other in zip(loaded.run(images), load_exported(exported / "model").run(images), strict=True):
+        np.testing.assert_allclose(actual, other, rtol=0, atol=1e-4)
+
+
+def test_infer_reads_an_export_for_older_runtimes(exported, pdmodel):
+    options = ("--image_path", ROOT / "images", "--save_inference_dir")
+    assert infer(exported, *options, pdmodel).stdout == infer(exported, *options, "model").stdout != ""
+
+
+@pytest.mark.skipif(PADDLE_2, reason="Paddle 2 has no such flag, and writes that form by itself")
+def test_the_flag_of_paddle_asks_for_the_older_form_too(exported, pdmodel):
+    other = export_old(exported, "by flag", FLAGS_enable_pir_api="0")
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == {
+        path.name: path.read_bytes() for path in pdmodel.iterdir()
+    }
+
+
+@pytest.mark.skipif(PADDLE_2, reason="Paddle 2 knows all operators in that form")
+def test_a_model_that_the_older_form_cannot_hold_is_one_line(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+        "from deploy.common.cli import run_main\nfrom deploy.export_model import write_program\n"
+        "from deploy.common import runtime\nruntime.setup()\nimport paddle\n"
+        "run_main(lambda: write_program(paddle.nn.Tanh(), (4, 4), Path()))"
     )
-    # has Paddle 3 write that form, though not of the whole model: it fails at tanh
     environment = {**os.environ, "FLAGS_enable_pir_api": "0"}
-    subprocess.run([sys.executable, "-c", save], cwd=tmp_path, env=environment, check=True, timeout=300)
-    assert model_files(tmp_path, "paddle") == ("inference.pdmodel", "inference.pdiparams")
-    images = np.random.default_rng(0).random((2, 3, 4, 4), np.float32)
-    np.testing.assert_allclose(load_exported(tmp_path).run(images)[0], 2 * images.sum(1, keepdims=True), rtol=1e-6)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"error: --format pdmodel: Paddle {paddle.__version__} cannot write tanh into ")
 
 
 def test_a_program_that_is_too_new_for_this_paddle(tmp_path, monkeypatch):
@@ -414,6 +460,30 @@ def test_a_package_that_is_not_installed_is_one_line(exported, tmp_path, script,
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("drawing", [(), ("--output_dir", "large drawings")])
+def test_full_size_pictures_of_a_batch_are_not_kept(exported, tmp_path, drawing):
+    for i in range(8):
+        Image.new("RGB", (6000, 4000), (i, 100, 100)).save(tmp_path / f"{i}.png", compress_level=1)
+    options = ("--save_inference_dir", "model", "--image_path", tmp_path, "--cpu_threads", 1, "--benchmark", "True")
+    peaks = []
+    for batch_size in (1, 8):
+        said = infer(exported, *options, "--batch_size", batch_size, *drawing).stdout
+        peaks.append(float(said.split("cpu_memory_peak(MB): ")[1].split()[0]))
+    assert peaks[1] - peaks[0] < 2 * 72  # megabytes; each of them has 72
+
+
+def test_the_name_of_a_picture_forges_no_line_of_infer(exported, tmp_path):
+    for name in ("a\nb.png  Normal - score:  0.001", "c"):
+        shutil.copy(ROOT / "images/bottle_good.png", tmp_path / f"{name}.png")
+    done = infer(exported, "--save_inference_dir", "model", "--image_path", tmp_path, "--save_json", "names.jsonl")
+    assert [line.partition("  ")[0] for line in done.stdout.splitlines()] == [
+        f"{tmp_path}/a\\nb.png",
+        f"{tmp_path}/c.png",
+    ]
+    first = json.loads((exported / "names.jsonl").read_text().splitlines()[0])
+    assert first["path"] == f"{tmp_path}/a\nb.png  Normal - score:  0.001.png"
 
 
 def test_results_as_json_lines(exported, tmp_path):
@@ -486,11 +556,7 @@ def test_the_benchmark_report(exported):
 
 
 # Why this Paddle refuses it, on a machine without a GPU.
-NO_TENSORRT = (
-    "needs --use_gpu True and a GPU"
-    if paddle.__version__.startswith("2.")
-    else "for inference.pdmodel only, not inference.json"
-)
+NO_TENSORRT = "needs --use_gpu True and a GPU" if PADDLE_2 else "for inference.pdmodel only, not inference.json"
 
 
 @pytest.mark.parametrize(
@@ -581,6 +647,36 @@ def test_paddle_in_bf16_where_the_cpu_has_it(model, exported):
     scores = load_exported(exported / "model", "paddle", options).run(images)[2]
     np.testing.assert_allclose(scores, expected(model, images)[2], atol=0.05)
     assert abs(scores - expected(model, images)[2]).max() > 1e-5, "it computed in float32"
+
+
+def test_bf16_is_not_for_programs_of_the_older_form(pdmodel):
+    with pytest.raises(UserError, match=r"--precision bf16: not with inference\.pdmodel"):
+        load_exported(pdmodel, "paddle", Options(precision="bf16"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infer_runs_where_there_is_nothing_of_linux(exported, backend):
+    """Simulated: tests/other_systems.py hides what Windows lacks."""
+    options = ["--backend", backend, "--save_inference_dir", "model", "--image_path", str(ROOT / "images")]
+    options += ["--output_dir", f"{backend} drawings", "--save_json", f"{backend}.jsonl", "--benchmark", "True"]
+    command = [sys.executable, ROOT / "tests/other_systems.py", ROOT / "deploy/infer.py", *options]
+    done = subprocess.run(command, cwd=exported, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.startswith(infer(exported, *options[:6]).stdout)
+    assert "images/sec" in done.stdout and "cpu_memory_peak" not in done.stdout
+    assert len(list((exported / f"{backend} drawings").iterdir())) == 2
+    assert len((exported / f"{backend}.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_service_runs_where_there_is_nothing_of_linux(exported, tmp_path):
+    system, script = ROOT / "tests/other_systems.py", ROOT / "deploy/serve.py"
+    code = f"import runpy, sys\nsys.argv[:1] = [{str(system)!r}, {str(script)!r}]\n"
+    (tmp_path / "serve.py").write_text(code + f"runpy.run_path({str(system)!r}, run_name='__main__')")
+    with Process("--models", exported / "model", "--cpu_threads", 1, deploy=tmp_path) as process:
+        picture = ROOT / "images/bottle_bad.png"
+        form = {"image": (picture.name, picture.read_bytes())}
+        assert httpx2.post(process.url + PREDICT, files=form, timeout=60).json()["model"] == "bottle"
+        assert process.end() == (0, "")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -149,6 +149,13 @@ def test_no_state_at_all_is_a_user_error(target, unchanged, wrong):
         set_published_state(target, wrong, "source")
 
 
+@pytest.mark.parametrize("name", ["norms.0.weight", "feature_extractor.layer3.1.bn2._variance"])
+def test_a_number_that_is_not_finite_is_named_and_changes_nothing(target, state, unchanged, name):
+    damaged = state | {name: np.where(np.arange(state[name].size) == 1, np.inf, state[name])}
+    with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):
+        set_published_state(target, damaged, "state")
+
+
 def test_many_problems_are_still_one_readable_line(target):
     with pytest.raises(UserError) as error:
         set_published_state(target, {f"{i}.{STEP}": np.ones(1) for i in range(100)}, "source")

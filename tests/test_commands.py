@@ -602,6 +602,13 @@ def test_predict_a_folder_and_a_pattern(workplace):
     assert (workplace.folder / "results/exp/bottle/predictions/broken_small/000.png.jpg").exists()
 
 
+def test_the_name_of_a_picture_forges_no_line_of_predict(workplace, tmp_path):
+    for name in ("a\nb.png  Normal - score:  0.001", "c"):
+        shutil.copy(ROOT / "images/bottle_good.png", tmp_path / f"{name}.png")
+    first, second = predict(workplace, "--image_path", tmp_path).splitlines()[1:-1]
+    assert (first.partition("  ")[0], second.partition("  ")[0]) == (f"{tmp_path}/a\\nb.png", f"{tmp_path}/c.png")
+
+
 def test_infer_batches_give_the_same_scores(workplace):
     options = ("--save_inference_dir=results/inference", "--image_path=lite_data/bottle/test/good")
     single = workplace.succeed("deploy/infer.py", *options, "--batch_size=1").stdout
@@ -633,6 +640,38 @@ def test_a_damaged_picture_does_not_stop_the_rest(workplace, tmp_path):
         assert done.stdout.count("score:") == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert "001.png" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py", "train_all.py", "deploy/export_model.py"])
+def test_where_there_is_no_paddle_one_line_says_so(tmp_path, script):
+    (tmp_path / "paddle.py").write_text("raise ModuleNotFoundError('no paddle', name='paddle')")
+    options = {"predict.py": ["-cat", "bottle", "--image_path", "images"], "train_all.py": []}
+    command = [sys.executable, ROOT / script, *options.get(script, ["-cat", "bottle"])]
+    if script in ("train.py", "eval.py", "train_all.py"):
+        command += ["--data", "lite_data"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: Python has no module paddle here; pip install -r requirements"
+    )
+    assert "PyPI has it for Linux and Windows on x86-64 and for macOS on ARM" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_training_runs_where_there_is_nothing_of_linux(empty):
+    """Simulated: tests/other_systems.py hides what Windows lacks."""
+    common = ["-cfg", "configs/resnet18.yaml", "--data", "lite_data", *TINY, "--exp_dir", "exp", "-cat", "bottle"]
+    for script, options in (("train.py", ["--epochs", "1", "--cache_memory", "0"]), ("eval.py", [])):
+        command = [sys.executable, ROOT / "tests/other_systems.py", ROOT / script, *common, *options]
+        done = subprocess.run(command, cwd=empty.folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list((empty.folder / "results").rglob(".*"))
+    command = [sys.executable, ROOT / "tests/other_systems.py", ROOT / "train_all.py"]
+    done = subprocess.run(command, cwd=empty.folder, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "train_all.py: needs Linux or macOS" in done.stderr
 
 
 def test_infer_needs_only_deploy_and_the_export(workplace, tmp_path):

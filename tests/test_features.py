@@ -52,11 +52,27 @@ def test_two_caches_share_one_budget(backbone):
     assert places == ["memory", "pictures"]
 
 
-def test_the_disk_that_turns_out_full(backbone, monkeypatch):
+def test_a_file_of_features_without_posix_fallocate(backbone, monkeypatch):
+    """As on macOS and Windows; with it the file is tested above."""
+    monkeypatch.delattr("os.posix_fallocate")
+    monkeypatch.setattr("utils.features.BLOCK", 1000)  # the last one is shorter
+    cache = FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test")
+    assert cache.place == "file"
+    reference = FeatureCache(backbone, PATHS, SIZE, CacheBudget(1e12, 0), "test")
+    for actual, expected in zip(cache.batch(np.arange(3)), reference.batch(np.arange(3)), strict=True):
+        np.testing.assert_array_equal(actual.numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("system", ["linux", "other"])
+def test_the_disk_that_turns_out_full(backbone, monkeypatch, system):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    if system == "linux":
+        monkeypatch.setattr("os.posix_fallocate", full)
+    else:
+        monkeypatch.delattr("os.posix_fallocate")
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "wb"))  # noqa: SIM115
     assert FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test").place == "nothing"
 
 

@@ -4,21 +4,40 @@ import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from deploy.common import files
 from deploy.common.cli import UserError
-from deploy.common.files import hold_folder, make_folder, write_text, write_whole
+from deploy.common.files import alone, hold_folder, make_folder, write_text, write_whole
+from tests import other_systems
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_text_is_written_as_utf8_into_new_folders(tmp_path):
+@pytest.fixture(params=["linux", "windows"])
+def system(request, monkeypatch):
+    """Linux, then what Windows has in its place: see tests/other_systems.py."""
+    if request.param == "windows":
+        monkeypatch.setattr(files, "fcntl", None)
+        monkeypatch.setattr(files, "msvcrt", other_systems.msvcrt, raising=False)
+        monkeypatch.delattr(os, "O_NOFOLLOW")
+        for name, function in other_systems.STRICT.items():
+            monkeypatch.setattr(os, name, function)
+
+
+def test_text_is_written_as_utf8_into_new_folders(system, tmp_path):
     write_text(tmp_path / "a" / "b" / "note.txt", "可视化\n")
     assert (tmp_path / "a" / "b" / "note.txt").read_bytes() == "可视化\n".encode()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bug"), KeyboardInterrupt()])
-def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(system, tmp_path, error):
     target = tmp_path / "best.pdparams"
     target.write_text("old")
 
@@ -33,7 +52,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, erro
     assert os.listdir(tmp_path) == ["best.pdparams"]
 
 
-def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
+def test_the_old_file_is_there_until_the_new_one_is_complete(system, tmp_path):
     target = tmp_path / "f.txt"
     target.write_text("old")
 
@@ -136,14 +155,14 @@ def test_a_folder_without_write_permission_is_a_user_error(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_what_a_killed_writer_left_is_taken_by_the_next(tmp_path):
+def test_what_a_killed_writer_left_is_taken_by_the_next(system, tmp_path):
     (tmp_path / ".f.part.txt").write_text("half of something longer")
     write_text(tmp_path / "f.txt", "whole")
     assert (tmp_path / "f.txt").read_text() == "whole"
     assert os.listdir(tmp_path) == ["f.txt"]
 
 
-def test_writers_of_the_same_file_wait_for_each_other(tmp_path):
+def test_writers_of_the_same_file_wait_for_each_other(system, tmp_path):
     texts = [str(i) * 10_000 for i in range(10)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: write_text(tmp_path / "f.txt", text), texts * 10))
@@ -167,6 +186,41 @@ def test_a_disk_that_cannot_lock_is_written_to_nevertheless(tmp_path, monkeypatc
     hold_folder(tmp_path)
     write_text(tmp_path / "f.txt", "x")
     assert (tmp_path / "f.txt").read_text() == "x"
+
+
+def test_who_wants_to_be_alone_waits_for_the_others(system, tmp_path):
+    (tmp_path / "count").write_text("0")
+
+    def add_one(_):
+        with alone(tmp_path / ".lock"):
+            count = int((tmp_path / "count").read_text())
+            time.sleep(0.001)
+            (tmp_path / "count").write_text(str(count + 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(80)))
+    assert (tmp_path / "count").read_text() == "80"
+    assert os.listdir(tmp_path) == ["count"]
+
+
+def test_a_folder_is_held_once(system, tmp_path):
+    hold_folder(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on .* is at work there"):
+        hold_folder(tmp_path)
+
+
+def test_a_folder_that_is_held_is_held_until_its_process_ends(tmp_path):
+    hold = "import sys; from pathlib import Path; from deploy.common.files import hold_folder; "
+    hold += f"hold_folder(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
+    for killed in (True, False):
+        command = [sys.executable, "-c", hold]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match=f"process {process.pid} on .* is at work there"):
+                hold_folder(tmp_path)
+            if killed:
+                process.kill()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_is_no_text_is_written_so_that_json_can_be_read(tmp_path):

@@ -9,6 +9,8 @@ from paddle import nn
 from scipy import ndimage
 
 from deploy.common.cli import UserError
+from models.backbone import ResNetFeatures, feature_shapes
+from models.export_form import InferenceForm
 from models.fastflow import FastFlow, Flow, FlowStep, negative_log_likelihood, per_location_score
 from utils.config import load_config
 from utils.training import build_optimizer, training_step
@@ -50,6 +52,19 @@ LAYERS = {
     "flow, 3x3 and 1x1": lambda: flow(conv3x3_only=False),
     "flow, 2 steps": lambda: flow(flow_step=2),
 }
+
+
+@paddle.no_grad()
+def test_scores_of_what_is_as_odd_as_can_be_are_1_and_not_more(monkeypatch):
+    """The smoothing of ones is a little more than 1, by rounding; thresholds are made of scores, and are at most 1."""
+    model = FastFlow(load_config(PATH, ["input_size=256", "flow_step=1", "pretrained=offline"]))
+    model.eval()
+    assert model.smooth(paddle.ones([1, 1, 256, 256])).max().item() > 1
+    features = [paddle.full([1, *shape], 1e4) for shape in feature_shapes(model.feature_extractor, (256, 256))]
+    monkeypatch.setattr(ResNetFeatures, "forward", lambda *_: features)
+    for form in (model, InferenceForm(model)):
+        anomaly_map, smoothed, score = form(paddle.zeros([1, 3, 256, 256]))
+        assert anomaly_map.min().item() == score.item() == smoothed.max().item() == 1
 
 
 @pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())

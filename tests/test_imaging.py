@@ -16,6 +16,7 @@ from deploy.common.imaging import (
     decision_line,
     draw_result,
     drawing_paths,
+    drawn_size,
     list_images,
     normalise,
     preprocess,
@@ -38,6 +39,14 @@ from deploy.common.imaging import (
 )
 def test_the_published_result_line(score, threshold, line):
     assert decision_line(score, threshold) == line
+
+
+def test_the_name_of_a_picture_forges_no_line():
+    name = "瓶 1\u3000a  b\u202fc\nNormal - score:  0.100\r\x1b[2J\udcff.png"
+    line = decision_line(0.9, 0.8, Path(name))
+    escaped = "瓶 1\u3000a  b\u202fc\\nNormal - score:  0.100\\r\\x1b[2J\\udcff.png"
+    assert line == f"{escaped}  Anomaly - score:  0.900"
+    assert len(line.splitlines()) == 1
 
 
 # ---- list_images
@@ -74,6 +83,13 @@ def names(paths, folder):
 )
 def test_list_images(pictures, path, found):
     assert names(list_images(f"{pictures}/{path}"), pictures) == found
+
+
+def test_a_pattern_of_windows_may_have_its_own_separators(pictures, monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    monkeypatch.setattr(os, "altsep", "/")
+    for pattern in ("/**/*.bmp", "/**\\*.bmp"):
+        assert names(list_images(f"{pictures}{pattern}"), pictures) == ["sub/d.bmp"]
 
 
 @pytest.mark.parametrize("path", ["absent.png", "*.gif", "folder.png", "absent/*.png", "a" * 300])
@@ -252,6 +268,14 @@ def test_a_figure_of_any_shape_can_be_written_as_jpeg(tmp_path, spot, shape):
     assert drawing.nbytes < 100e6
     write_picture(tmp_path / "figure.jpg", drawing)
     assert read_rgb(tmp_path / "figure.jpg").shape == drawing.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3000, 1), (100, 80), (500, 300), (1000, 700), (64, 8000), (10, 2000)])
+def test_a_picture_kept_as_large_as_it_is_drawn_is_drawn_the_same(spot, shape):
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    kept = drawn_size(picture)
+    assert kept.nbytes <= 768 * 4096 * 3
+    np.testing.assert_array_equal(draw_result(kept, spot, 0.6, 0.8, 0.5), draw_result(picture, spot, 0.6, 0.8, 0.5))
 
 
 def test_drawing_does_not_change_the_picture(spot):

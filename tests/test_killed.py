@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import itertools
+import json
 import random
 import re
 import shutil
@@ -26,6 +27,7 @@ from utils.checkpoint import load_checkpoint
 from utils.history import EpochRow, best_row
 from utils.log import make_logger
 from utils.thresholds import load_thresholds
+from utils.weights import OFFLINE_WARNING
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -214,6 +216,35 @@ def test_an_evaluation_that_is_killed_before_each_of_its_files_comes_to_the_same
     assert kill_before_every_file(check, folder, "eval", *command) == len(made)
     assert {path: (folder / path).read_bytes() for path in files} == files
     assert not unfinished(folder)
+
+
+COMMANDS = {
+    "train": [*BY_TEST_SET, "--epochs", "2", *TRAIN],
+    "eval": [*BY_TEST_SET, *DATA],
+    "predict": [*BY_TEST_SET, "-cat", "bottle", "--image_path", str(ROOT / "images")],
+    "deploy.export_model": [*BY_TEST_SET, "-cat", "bottle"],
+    "deploy.infer": ["--image_path", str(ROOT / "images"), "--output_dir", "drawings", "--save_json", "results.jsonl"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_sigterm_ends_a_command_without_a_word_and_it_puts_away_what_it_had_begun(tmp_path, trained, command):
+    """It is what `timeout` and `docker stop` send; here it comes while a file is being written."""
+    whole, _, _ = trained([*BY_TEST_SET, "--epochs", "2"])
+    if command != "train":
+        shutil.copytree(whole / "results", tmp_path / "results")
+    if command == "deploy.infer":
+        assert finish(tmp_path, "deploy.export_model", *COMMANDS["deploy.export_model"])[0] == 0
+    process = start(command, COMMANDS[command], tmp_path, kill_at_rename=1, signal_at_rename=signal.SIGTERM)
+    process.join(100)
+    said, errors = (path.read_text() for path in outputs(tmp_path, process.pid))
+    assert (process.exitcode, errors.removeprefix(f"{OFFLINE_WARNING}\n")) == (143, "")
+    assert not list(tmp_path.rglob(".*"))
+    if command == "deploy.infer":  # what it has found is kept
+        assert said.startswith(str(ROOT / "images/bottle_bad.png"))
+        assert [json.loads(line)["path"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [
+            str(ROOT / "images/bottle_bad.png")
+        ]
 
 
 def test_an_export_that_is_killed_before_each_of_its_files_comes_to_the_same_end(tmp_path, trained):

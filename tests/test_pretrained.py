@@ -229,6 +229,21 @@ def test_another_architecture_is_a_user_error_that_names_the_key(tmp_path, load,
         load(write(tmp_path / f"w{suffix}", state))
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e39])
+def test_a_number_that_is_not_finite_is_a_user_error_that_names_the_key(tmp_path, load, suffix, number):
+    """A ReLU would hide it, and training would go to its end."""
+    value = weights(1)["layer2.0.conv1.weight"].astype(np.float64)  # 1e39 is no float32
+    value[3, 2, 1, 0] = number
+    line = rf"w\{suffix}: layer2\.0\.conv1\.weight holds numbers that are not finite"
+    with pytest.raises(UserError, match=line):
+        load(write(tmp_path / f"w{suffix}", weights(1) | {"layer2.0.conv1.weight": value}))
+
+
+def test_what_is_not_used_of_a_file_may_be_anything(tmp_path, load):
+    load(write(tmp_path / "w.npz", weights(1) | {"fc.weight": np.full((512, 10), np.nan)}))
+
+
 def test_arrays_that_are_no_numbers_are_a_user_error(tmp_path, load):
     path = write(tmp_path / "w.npz", weights(1) | {"bn1.bias": np.full(64, "x")})
     with pytest.raises(UserError, match=r"w\.npz"):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -131,6 +132,14 @@ def test_results_of_other_categories_stay(tmp_path, capsys):
     assert "\na," in (tmp_path / "eval.csv").read_text()
     assert "\n| a |" in (tmp_path / "eval.md").read_text()
     assert not capsys.readouterr().err
+
+
+def test_of_evaluations_at_once_none_loses_its_rows(tmp_path):
+    names = [f"category {i}" for i in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda name: write_results(tmp_path, {name: row()}), names))
+    assert sorted(json.loads((tmp_path / "eval.json").read_text())["categories"]) == sorted(names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.csv", "eval.json", "eval.md"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"categories": []}', '{"categories": {"a": {"aupro": "high"}}}'])

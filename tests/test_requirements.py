@@ -4,6 +4,9 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT_NAMES = {
     "opencv-python-headless": "cv2",
@@ -33,8 +36,25 @@ def imported_names(name):
 
 def test_the_gpu_file_differs_in_paddle_only():
     assert requirements("requirements-gpu.txt") == [
-        line.replace("paddlepaddle==", "paddlepaddle-gpu==") for line in requirements("requirements.txt")
+        line.partition(";")[0].replace("paddlepaddle==", "paddlepaddle-gpu==")
+        for line in requirements("requirements.txt")
     ]
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "there"),
+    [
+        ("linux", "x86_64", True),
+        ("linux", "aarch64", False),
+        ("win32", "AMD64", True),
+        ("win32", "ARM64", False),
+        ("darwin", "arm64", True),
+        ("darwin", "x86_64", False),
+    ],
+)
+def test_paddle_is_asked_for_where_pypi_has_it(system, machine, there):
+    (line,) = [line for line in requirements("requirements.txt") if line.startswith("paddlepaddle")]
+    assert Requirement(line).marker.evaluate({"sys_platform": system, "platform_machine": machine}) == there
 
 
 def top_level_imports(path):

@@ -1,6 +1,7 @@
 """The process set-up: threads, MKL's code path, devices."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -106,6 +107,59 @@ def test_defaults_fill_what_the_user_has_not_set(monkeypatch, capsys):
     runtime.setup(verbose=True)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_DEBUG_CPU_TYPE"]) == ("5", "7")
     assert "OMP_NUM_THREADS=5" in capsys.readouterr().err
+
+
+SIGTERM = """
+import os, signal, sys
+class AtModule:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGTERM)
+def main():
+    sys.meta_path.insert(0, AtModule())
+    from deploy.common import runtime
+    runtime.setup()
+    if not {module!r}:
+        import paddle
+        paddle.ones([8, 8]).sum().item()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
+            print("put away")
+from deploy.common.cli import run_main
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        pytest.param("numpy.random", "", id="before paddle"),
+        pytest.param("paddle.distributed", "", id="in the import of paddle"),
+        pytest.param("", "put away\n", id="twice, after it"),
+    ],
+)
+def test_sigterm_ends_without_paddles_stack(module, said):
+    done = subprocess.run([sys.executable, "-c", SIGTERM.format(module=module)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, said, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows")
+def test_the_set_up_keeps_the_handler_of_sigterm():
+    hooks, handler = list(sys.meta_path), signal.getsignal(signal.SIGTERM)
+    runtime.setup()
+    assert (sys.meta_path, signal.getsignal(signal.SIGTERM)) == (hooks, handler)
+
+
+def test_peak_memory_is_in_bytes_everywhere(monkeypatch):
+    peak = runtime.peak_memory()
+    assert 50e6 < peak < 50e9
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")  # whose getrusage tells bytes
+        assert 0 < runtime.peak_memory() * 1000 < peak * 1.1
+    monkeypatch.setitem(sys.modules, "resource", None)  # Windows
+    assert runtime.peak_memory() is None
 
 
 def test_importing_the_module_does_not_import_paddle():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deploy.common.cli import ArgumentParser, UserError, run_main
+from deploy.common.cli import LARGEST_SIDE, ArgumentParser, UserError, run_main
 from deploy.common.plain_yaml import parse_yaml, read_yaml
 
 # Bounds of a number, of a list those of each entry: in a message, in a table, the comparison.
@@ -67,7 +67,7 @@ class Config:
         "正方形图片的边长，像素；其他形状写 [高, 宽]",
         decides="model",
         least=32,
-        most=4096,  # beyond it memory ends, not sense
+        most=LARGEST_SIDE,
     )
     use_norm: bool = key(
         "one trainable BatchNorm per scale before the flow", "每个尺度在流之前有一个可训练的 BatchNorm", decides="model"

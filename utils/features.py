@@ -20,6 +20,7 @@ from deploy.common.runtime import available_memory, local_processes
 from models.backbone import feature_shapes
 
 CACHING_BATCH = 8  # pictures a pass
+BLOCK = 2**20  # bytes
 
 
 @dataclass
@@ -138,11 +139,25 @@ def _temporary_file(size: int) -> IO[bytes] | None:
     except OSError:
         return None
     try:
-        os.posix_fallocate(file.fileno(), 0, size)  # writing to a mapped file on a full disk would kill the process
+        _take_room(file, size)  # writing to a mapped file on a full disk would kill the process
     except OSError:
         file.close()
         return None
     return file
+
+
+def _take_room(file: IO[bytes], size: int) -> None:
+    """Make the file as long as that, with room on its disk for all of it.
+
+    Raises:
+        OSError: the disk has no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, BLOCK):  # macOS and Windows
+        file.write(bytes(min(BLOCK, size - start)))
+    file.flush()
 
 
 def _map_arrays(file: IO[bytes], count: int, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from datasets.mvtec import GroundTruth
 from deploy.common.cli import warn
-from deploy.common.files import write_text, write_whole
+from deploy.common.files import alone, write_text, write_whole
 from deploy.common.imaging import draw_result, read_rgb, write_picture
 from utils.metrics import roc_curve
 from utils.plots import blank_figure, write_figure
@@ -102,14 +102,17 @@ def _alike(title: str, rows: Mapping[str, Row], describe: Callable[[Row], str]) 
 def write_results(folder: Path, results: Mapping[str, Row]) -> None:
     """Write eval.json, eval.csv and eval.md; categories that eval.json holds already and are not in `results` stay.
 
+    Of several processes that do so at once one waits for the other.
+
     Raises:
         UserError: a file cannot be written.
     """
-    rows = {**_read_rows(folder / "eval.json"), **results}
-    content = {"mean": means(rows), "categories": rows}
-    write_text(folder / "eval.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "eval.csv", csv_table(rows))
-    write_text(folder / "eval.md", markdown_table(folder.name, rows))
+    with alone(folder / ".eval.lock"):
+        rows = {**_read_rows(folder / "eval.json"), **results}
+        content = {"mean": means(rows), "categories": rows}
+        write_text(folder / "eval.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "eval.csv", csv_table(rows))
+        write_text(folder / "eval.md", markdown_table(folder.name, rows))
     print(f"written to {folder / 'eval.json'}, with eval.csv and eval.md beside it")
 
 

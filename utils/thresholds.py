@@ -13,7 +13,6 @@ quantile: from good pictures that training did not use (split conformal predicti
     picture has any marked pixel.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import yaml
 
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError, warn
-from deploy.common.files import regular_file, write_text
+from deploy.common.files import regular_file, sha256, write_text
 from deploy.common.imaging import PUBLISHED_THRESHOLD
 from deploy.common.plain_yaml import read_yaml
 from utils.metrics import f1_score
@@ -184,7 +183,7 @@ def write_thresholds(
         "figures": dict(figures),
         "checkpoint": checkpoint.name,
         "epoch": epoch,
-        "sha256": _sha256(checkpoint),
+        "sha256": sha256(checkpoint),
     }
     path = checkpoint.parent / FILE_NAME
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -206,12 +205,12 @@ def load_thresholds(checkpoint: Path) -> Thresholds | None:
             _one_of(CALIBRATED, values["rule"]),
             _one_of(RULES, values["pixel_rule"]),
         )
-        sha256 = values["sha256"]
+        checkpoint_sha256 = values["sha256"]
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, or run eval.py with --threshold_rule") from error
-    if sha256 != _sha256(checkpoint):
+    if checkpoint_sha256 != sha256(checkpoint):
         warn(
             f"{path}: these thresholds belong to another checkpoint than {checkpoint.name} and are not used; "
             f"run eval.py with --threshold_rule {thresholds.rule}, or delete the file"
@@ -236,7 +235,3 @@ def _one_of(choices: tuple[str, ...], value: Any) -> str:
     if value not in choices:
         raise ValueError(f"a rule must be one of {', '.join(choices)}, not {value!r}")
     return value
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

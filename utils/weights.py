@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.mvtec import read_batches
 from deploy.common.cli import UserError, warn
-from deploy.common.files import regular_file, write_whole
+from deploy.common.files import regular_file, sha256, write_whole
 from deploy.common.imaging import normalise
 from models.backbone import Backbone, find_backbone
 from models.offline_start import calibrated_start
@@ -147,14 +147,14 @@ def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> 
     if isinstance(weights, dict):  # set_state says so if it is anything else
         weights = {name: value for name, value in weights.items() if not str(name).startswith(entry.left_out)}
     set_state(backbone, weights, str(path))
-    return {"source": source, "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"source": source, "file": str(path), "sha256": sha256(path)}
 
 
 def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> None:
     """Copy the arrays into the layer's parameters and buffers of the same names.
 
     Raises:
-        UserError: names are missing or unknown, or shapes differ; nothing is copied then.
+        UserError: names are missing or unknown, shapes differ, or numbers are not finite; nothing is copied then.
     """
     if not isinstance(state, Mapping):
         raise UserError(f"{source}: holds no named weights")
@@ -169,8 +169,12 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
         elif list(value.shape) != list(own[name].shape):
             problems.append(f"{name} has shape {list(value.shape)} instead of {list(own[name].shape)}")
         else:
-            values[name] = np.asarray(value, np.float32)
+            with np.errstate(over="ignore"):  # to infinity, which is refused below
+                values[name] = np.asarray(value, np.float32)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{source}: does not fit this model: {'; '.join(problems[:5])}{more}")
+    for name, value in values.items():  # in a backbone a ReLU may hide it
+        if not np.isfinite(value).all():
+            raise UserError(f"{source}: {name} holds numbers that are not finite: damaged, or of a diverged training")
     layer.set_state_dict(values)

@@ -4,10 +4,18 @@ import argparse
 import errno
 import math
 import os
+import signal
 import sys
+import unicodedata
 from collections.abc import Callable
+from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says of it
+LARGEST_SIDE = 4096  # of a model's pictures, in pixels: beyond it memory ends, not sense
+NO_PADDLE = (
+    "pip install -r requirements.txt (PyPI has it for Linux and Windows on x86-64 and for macOS on ARM; elsewhere "
+    "deploy/infer.py and deploy/serve.py run with --backend onnxruntime or openvino)"
+)
 
 
 class UserError(Exception):
@@ -88,7 +96,12 @@ def non_negative_int(text: str) -> int:
 
 def printable(text: str) -> str:
     """The text in one line, with escapes for what a terminal would obey: names in files are anyone's."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return escaped(" ".join(text.split()))
+
+
+def escaped(name: str) -> str:
+    """The name of a file with escapes for what a terminal would obey, line breaks too; blanks of any width stay."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in name)
 
 
 def warn(message: str) -> None:
@@ -104,6 +117,9 @@ def report_error(error: Exception) -> None:
 def run_main(main: Callable[[], int | None], packages: str = "-r requirements.txt", end_at_once: bool = False) -> None:
     """Call a script's `main` and end the process with its exit code; bad input is one line and code 2.
 
+    SIGTERM is to `main` what Ctrl-C is, a KeyboardInterrupt, so that nothing half-written is left; it ends with code
+    143 and without a word.
+
     Args:
         main: the script; it imports within itself what may not be installed.
         packages: what to give to pip where a module is not installed.
@@ -112,6 +128,15 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
+    terminated = False
+
+    def terminate(*_: object) -> NoReturn:
+        nonlocal terminated
+        terminated = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -121,7 +146,8 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
         report_error(error)
         code = 2
     except ModuleNotFoundError as error:
-        report_error(Exception(f"Python has no module {error.name} here; pip install {packages}"))
+        advice = NO_PADDLE if error.name == "paddle" else f"pip install {packages}"
+        report_error(Exception(f"Python has no module {error.name} here; {advice}"))
         code = 2
     except BrokenPipeError:  # whoever read the output has seen enough
         _silence()
@@ -136,8 +162,10 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
             raise
         code = 2
     except KeyboardInterrupt:
-        report_error(Exception("interrupted"))
-        code = 130
+        if not terminated:
+            report_error(Exception("interrupted"))
+        code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
 
 

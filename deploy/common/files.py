@@ -3,15 +3,25 @@
 import atexit
 import contextlib
 import errno
-import fcntl
+import hashlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deploy.common.cli import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that cannot lock
+LOCKED_BYTE = 2**30  # on Windows, where nobody can read what is locked
+POLL = 0.05  # seconds; on Windows nothing tells that a lock is free
 
 
 def make_folder(path: Path) -> Path:
@@ -48,7 +58,7 @@ def hold_folder(folder: Path) -> None:
         raise UserError(f"{folder}: process {owner} is at work there; wait for its end or choose another") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    atexit.register(path.unlink, missing_ok=True)
+    atexit.register(_remove_locked, path, handle)
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
@@ -62,19 +72,43 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    lock = temporary if fcntl else path.with_name(f".{path.name}.lock")  # Windows renames nothing that is open
     try:
-        with _alone(temporary):
-            write(str(temporary))
-            flush(temporary)
-            os.replace(temporary, path)
+        with alone(lock):
+            try:
+                write(str(temporary))
+                flush(temporary)
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         flush(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within it a file is there that stands for being alone: whoever calls this with the same path waits.
+
+    At the end it is removed, unless it was renamed. Where the file system cannot lock, nobody waits.
+    """
+    handle = _open_locked(path, wait=True)
+    try:
+        yield
+    finally:
+        _remove_locked(path, handle)
+
+
 def flush(path: Path) -> None:
     """Wait until the disk holds the file, or the names in the folder, whatever happens to the machine then."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes for those who may write only
+    except PermissionError:
+        if folder:  # Windows opens none
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as error:
@@ -101,31 +135,64 @@ def regular_file(path: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Within it the file is there, for this process alone; it is to be renamed, and what fails removes it."""
-    handle = _open_locked(path, wait=True)
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(handle)
+def sha256(path: Path) -> str:
+    """Of the file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _open_locked(path: Path, wait: bool) -> int:
-    """A handle that holds the lock of the file, which is made if it is not there."""
+    """A handle that holds the lock of the file, which is made if it is not there.
+
+    Raises:
+        BlockingIOError: another handle holds it, and this is not to wait.
+    """
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _lock(handle, wait)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(handle)
                 raise
         # The holder before may have renamed or removed the file meanwhile: then this lock is one of nothing.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
+        if _is_at(path, handle):
+            return handle
         os.close(handle)
+
+
+def _lock(handle: int, wait: bool) -> None:
+    """Lock an open file until it is closed, be it by the end of the process."""
+    if fcntl:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return
+    os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
+    while True:
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            break
+        except PermissionError as error:  # another handle holds it
+            if not wait:
+                raise BlockingIOError(error.errno, error.strerror) from error
+            time.sleep(POLL)
+    os.lseek(handle, 0, os.SEEK_SET)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether the open file is still the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_locked(path: Path, handle: int) -> None:
+    """Remove a locked file and unlock it; one that was renamed meanwhile is only unlocked."""
+    if not _is_at(path, handle):
+        os.close(handle)
+    elif fcntl:
+        path.unlink()  # before others get its lock
+        os.close(handle)
+    else:
+        os.close(handle)  # Windows removes nothing that is open
+        with contextlib.suppress(PermissionError):  # who waits has it open, and will remove it
+            path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deploy.common.bombs import Bomb, check_size, check_structure
-from deploy.common.cli import UserError
+from deploy.common.cli import UserError, escaped
 from deploy.common.files import regular_file, write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -52,7 +52,8 @@ def list_images(path: str | Path) -> list[Path]:
 
 def _matches(pattern: str) -> set[Path]:
     """What `glob.glob(pattern, recursive=True)` finds, but `**` enters no link: two in circles would take for ever."""
-    head, *tails = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    separators = re.escape(os.sep + (os.altsep or ""))  # Windows has two
+    head, *tails = re.split(rf"(?:^|(?<=[{separators}]))\*\*(?:[{separators}]|$)", pattern, maxsplit=1)
     if not tails:
         return {Path(name) for name in glob.glob(pattern)}
     found = set()
@@ -163,9 +164,21 @@ def label(score: float, threshold: float) -> str:
     return "Anomaly" if score > threshold else "Normal"
 
 
-def decision_line(score: float, threshold: float) -> str:
-    """The published result line, for example `Normal - score:  0.614`."""
-    return f"{label(score, threshold)} - score:  {score:.3f}"
+def decision_line(score: float, threshold: float, path: Path | None = None) -> str:
+    """The published result line, for example `Normal - score:  0.614`; after the path of one of several pictures."""
+    prefix = "" if path is None else f"{escaped(str(path))}  "
+    return f"{prefix}{label(score, threshold)} - score:  {score:.3f}"
+
+
+def drawn_size(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> a picture as large as the panels of `draw_result`, which makes the same of it.
+
+    A panel is between 256 and 768 pixels high, lower if it would be wider than 4096.
+    """
+    height, width = picture.shape[:2]
+    factor = min(np.clip(height, 256, 768) / height, 4096 / width)
+    size = (max(round(width * factor), 1), max(round(height * factor), 1))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
 
 
 def draw_result(
@@ -181,13 +194,10 @@ def draw_result(
         pixel_threshold: a pixel belongs to the mask above it.
 
     Returns:
-        (panel height + caption, 3 * panel width, 3) uint8 RGB; a panel is between 256 and 768 pixels high, lower if
-        it would be wider than 4096.
+        (panel height + caption, 3 * panel width, 3) uint8 RGB; see `drawn_size`.
     """
-    height, width = picture.shape[:2]
-    factor = min(np.clip(height, 256, 768) / height, 4096 / width)
-    size = (max(round(width * factor), 1), max(round(height * factor), 1))
-    picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    picture = drawn_size(picture)
+    size = picture.shape[1::-1]
     scores = cv2.resize(anomaly_map.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
 
     heat = cv2.applyColorMap(np.uint8(np.clip(scores, 0, 1) * 255), cv2.COLORMAP_JET)

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -41,7 +42,7 @@ def setup(verbose: bool = False) -> dict[str, str]:
     import numpy.random  # noqa: F401  numpy 2.4 does so when it is first used; after paddle 2.6 that crashes
 
     notes = io.StringIO()
-    with contextlib.redirect_stderr(notes):
+    with contextlib.redirect_stderr(notes), _KeepSigterm():
         import paddle  # noqa: F401
     for line in notes.getvalue().splitlines():
         if "OMP_NUM_THREADS" not in line:  # Paddle warns of more than one thread; its MKL build is made for it
@@ -50,6 +51,26 @@ def setup(verbose: bool = False) -> dict[str, str]:
     if verbose:
         print("runtime: " + " ".join(f"{k}={v}" for k, v in chosen.items()), file=sys.stderr)
     return chosen
+
+
+class _KeepSigterm:
+    """An import hook that finds nothing, and puts Python's handler of SIGTERM back with every module that is imported.
+
+    Half-way through its import Paddle puts one in place that prints a stack.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def find_spec(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def __enter__(self) -> None:
+        sys.meta_path.insert(0, self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        self.find_spec()
 
 
 def local_processes() -> int:
@@ -98,6 +119,16 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path
     except (OSError, ValueError):
         pass  # no cgroup limit to read
     return max(free, 0)
+
+
+def peak_memory() -> int | None:
+    """The most bytes of main memory that this process has held so far; None on Windows, which has another interface."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
