@@ -7,14 +7,14 @@ from typing import Any
 from datasets.mvtec import list_categories, load_category, load_ground_truth
 from deploy.common.cli import UserError, report_error, run_main, share
 from utils.config import Config
-from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, start
+from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
 from utils.results import UNSTATED, evaluation_line, experiment_folder
 from utils.thresholds import (
     FALSE_ALARM_RATE,
     FILE_NAME,
-    PUBLISHED,
     PUBLISHED_RULE,
+    PUBLISHED_THRESHOLDS,
     RULES,
     calibrate_f1,
     calibrate_quantile,
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    config = start(args, threshold_rule=args.threshold_rule)
+    config = prepare(args, threshold_rule=args.threshold_rule)
     if args.false_alarm_rate and config.threshold_rule != "quantile":
         raise UserError("--false_alarm_rate: goes with --threshold_rule quantile only")
 
@@ -107,7 +107,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         calibration = calibrate_quantile(held_out[0].parent, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE)
     elif rule == "f1":
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
-    thresholds = calibration.thresholds if calibration else PUBLISHED
+    thresholds = calibration.thresholds if calibration else PUBLISHED_THRESHOLDS
     decisions = outcome(thresholds, scores, truth)
 
     # ---- files

@@ -14,9 +14,9 @@ from deploy.common.imaging import (
     read_rgb,
     write_picture,
 )
-from utils.options import add_category, common_parser, start
+from utils.options import add_category, common_parser, prepare
 from utils.results import category_folder
-from utils.thresholds import FILE_NAME, PUBLISHED, Thresholds, load_thresholds
+from utils.thresholds import FILE_NAME, PUBLISHED_THRESHOLDS, Thresholds, load_thresholds
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     images = list_images(args.image_path)
-    config = start(args)
+    config = prepare(args)
 
     import paddle
 
@@ -71,7 +71,7 @@ def choose_thresholds(args: argparse.Namespace, checkpoint: Path) -> Thresholds:
     if args.pixel_threshold is not None:
         given |= {"pixel": args.pixel_threshold, "pixel_rule": "--pixel_threshold"}
     stored = None if {"image", "pixel"} <= given.keys() else load_thresholds(checkpoint)
-    thresholds = replace(stored or PUBLISHED, **given)
+    thresholds = replace(stored or PUBLISHED_THRESHOLDS, **given)
     if stored:
         print(f"thresholds: {thresholds.describe()}; {checkpoint.parent / FILE_NAME}")
     return thresholds

@@ -16,7 +16,7 @@ from deploy.common.files import hold_folder, make_folder, write_text, write_whol
 from utils.config import Config
 from utils.history import EpochRow, best_row, draw_curves, epoch_line, is_evaluated, waited_for, write_csv
 from utils.log import make_logger
-from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, start
+from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, prepare
 from utils.results import category_folder, describe_backbone, evaluation_line, published_line
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def main() -> None:
     args = parse_args()
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "eval_interval": args.test_epochs}
     check_options(args)
-    config = start(args, **options, amp=args.amp or None)
+    config = prepare(args, **options, amp=args.amp or None)
 
-    import paddle  # this and what imports it: only after start() has set the runtime up
+    import paddle  # this and what imports it: only after prepare() has set the runtime up
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -62,7 +62,7 @@ def main() -> None:
     from utils.weights import load_backbone
 
     begun = time.monotonic()
-    distributed.start()
+    distributed.join()
     # ---- data, model, features: what is wrong with them shows here, before anything is written
     category = load_category(Path(args.data), args.category)
     check_rules(config, category.name, bool(category.test))

@@ -64,8 +64,8 @@ def main() -> int:
     config = load_config(args.config, args.override, epochs=args.epochs)
     names = find_categories(Path(args.data))
     folder = experiment_folder(args.exp_dir)
-    environ = dict(os.environ)  # before setup() adds what is meant for one process alone
-    runtime.setup()  # before anything imports paddle
+    environ = dict(os.environ)  # before import_paddle() adds what is meant for one process alone
+    runtime.import_paddle()  # before anything imports paddle
     devices = choose_devices(args.gpus, args.jobs)[: len(names)]
     overrides = [*args.override, *([f"epochs={args.epochs}"] if args.epochs else [])]
     options = ["-cfg", args.config, "--data", args.data, "--exp_dir", args.exp_dir]

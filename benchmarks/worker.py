@@ -17,7 +17,7 @@ from deploy.common import runtime
 def make(kind: str, arguments: list[str]) -> Any:
     """The contender, after what must happen before its framework is imported."""
     if kind == "ours":
-        chosen = runtime.setup()
+        chosen = runtime.import_paddle()
         from benchmarks.contenders.ours import Ours
 
         return Ours(chosen)
@@ -26,10 +26,10 @@ def make(kind: str, arguments: list[str]) -> Any:
 
         return Published()
     if kind == "exported":
-        from deploy.backends import set_up
-
         folder, backend, precision, winograd, threads = arguments
-        chosen_threads = set_up(backend, int(threads))
+        from deploy.backends import prepare_runtime
+
+        chosen_threads = prepare_runtime(backend, int(threads))
         from benchmarks.contenders.exported import Exported
 
         return Exported(folder, backend, precision, winograd == "True", chosen_threads)

@@ -22,7 +22,7 @@ OLD_PROGRAM = "inference.pdmodel"  # what Paddle 2.6 writes in place of inferenc
 # ONNX Runtime's own choices are TF32, which rounds to 11 bits (scores differed by 7e-4 on an H200, without by 4e-7),
 # and to try all of cuDNN's algorithms at each new batch size (half a second to three; then no faster).
 CUDA_OPTIONS = {"use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
-ANY = -1  # number of pictures, to OpenVINO
+ANY_NUMBER = -1  # number of pictures, to OpenVINO
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -74,7 +74,7 @@ def load_exported(folder: Path, backend: str = "paddle", options: Options | None
     """
     options = options or Options()
     if options.precision == "int8":
-        raise UserError("--precision int8: not offered, it would cost accuracy (README 8.1); use fp32, fp16 or bf16")
+        raise UserError("--precision int8: not offered, it would cost accuracy (docs/en/deploy.md); use fp32, fp16 or bf16")
     if options.use_tensorrt and backend != "paddle":
         raise UserError(f"--use_tensorrt True: goes with --backend paddle, not {backend}")
     if options.winograd and (backend, options.precision) != ("openvino", "fp32"):
@@ -228,11 +228,11 @@ class OpenvinoModel:
 
     def _request(self, pictures: int) -> Any:
         """For this many pictures, if that is usual, else for any number."""
-        fixed = pictures if pictures in self._usual else ANY
+        fixed = pictures if pictures in self._usual else ANY_NUMBER
         if fixed not in self._requests:
             model = self._model.clone()
             model.reshape([fixed, *self._size])
-            if self._winograd and fixed != ANY:
+            if self._winograd and fixed != ANY_NUMBER:
                 from deploy.openvino_graph import use_winograd  # of those who have OpenVINO
 
                 use_winograd(model)
@@ -277,7 +277,7 @@ def asked_for(args: argparse.Namespace, usual_batches: Collection[int]) -> Optio
     """What `add_runtime`'s options and `--max_batch_size` ask for. Call it before the runtime is imported."""
     return Options(
         use_gpu=args.use_gpu,
-        threads=set_up(args.backend, args.cpu_threads, args.verbose),
+        threads=prepare_runtime(args.backend, args.cpu_threads, args.verbose),
         precision=args.precision,
         use_mkldnn=args.use_mkldnn,
         use_tensorrt=args.use_tensorrt,
@@ -287,7 +287,7 @@ def asked_for(args: argparse.Namespace, usual_batches: Collection[int]) -> Optio
     )
 
 
-def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
+def prepare_runtime(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     """Prepare the process for a runtime, before it is imported; how many threads it shall use on the CPU.
 
     Paddle is set up as `deploy.common.runtime` does it; the other runtimes work without Paddle.
@@ -303,7 +303,7 @@ def set_up(backend: str, cpu_threads: int | None, verbose: bool = False) -> int:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of what is empty or a list Paddle would make 1
     if backend == "paddle":
         with _importing(backend):
-            runtime.setup(verbose)
+            runtime.import_paddle(verbose)
     return threads
 
 

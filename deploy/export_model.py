@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.common.cli import DISK_FULL, UserError, run_main
 from deploy.common.files import flush, hold_folder, make_folder, sha256
-from deploy.common.imaging import MEAN, STD
-from utils.options import add_category, common_parser, start
+from deploy.common.imaging import MEAN, PUBLISHED_RULE, STD
+from utils.options import add_category, common_parser, prepare
 from utils.results import category_folder
-from utils.thresholds import PUBLISHED, load_thresholds
+from utils.thresholds import FILE_NAME, PUBLISHED_THRESHOLDS, load_thresholds
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -66,13 +66,13 @@ def main() -> None:
     args = parse_args()
     if args.format == "pdmodel":
         os.environ["FLAGS_enable_pir_api"] = "0"  # read by Paddle 3 as it is imported: programs of the older form
-    config = start(args)
+    config = prepare(args)
 
     import paddle
 
     from models.export_form import InferenceForm
     from models.linear_maps import SMOOTHING_SIGMA
-    from utils.checkpoint import load_model
+    from utils.checkpoint import epoch_of, load_model
 
     versions = {"paddle": paddle.__version__}
     to_onnx = args.format in ("onnx", "all")
@@ -80,7 +80,7 @@ def main() -> None:
         versions |= converter_versions()
     checkpoint_path = category_folder(args.exp_dir, args.category) / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path)
-    thresholds = load_thresholds(checkpoint_path) or PUBLISHED
+    thresholds = load_thresholds(checkpoint_path) or PUBLISHED_THRESHOLDS
     target = make_folder(Path(args.save_inference_dir))
     description = {
         "category": args.category,
@@ -95,7 +95,7 @@ def main() -> None:
         "pixel_threshold_rule": thresholds.pixel_rule,
         "checkpoint": str(checkpoint_path),
         "checkpoint_sha256": sha256(checkpoint_path),
-        "epoch": int(checkpoint["epoch"]),
+        "epoch": epoch_of(checkpoint),
         "backbone": checkpoint.get("backbone"),
         "versions": versions,
     }
@@ -126,6 +126,8 @@ def main() -> None:
         raise UserError(f"{target}: the export cannot be written ({error.strerror or error}){advice}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    if thresholds.rule != PUBLISHED_RULE:
+        print(f"thresholds: {thresholds.describe()}; {checkpoint_path.parent / FILE_NAME}")
     print(f"inference model has been saved into {args.save_inference_dir}")
 
 

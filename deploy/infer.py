@@ -25,6 +25,7 @@ from deploy.common.cli import (
     boolean,
     non_negative_int,
     positive_int,
+    printable,
     report_error,
     run_main,
     warn,
@@ -58,7 +59,9 @@ def main() -> int:
         warn(f"--batch_size {args.batch_size} is larger than --max_batch_size; {args.max_batch_size} is used")
         args.batch_size = args.max_batch_size
     from deploy.common.imaging import (
+        PUBLISHED_RULE,
         decision_line,
+        describe_thresholds,
         draw_result,
         drawing_paths,
         drawn_size,
@@ -73,8 +76,13 @@ def main() -> int:
     folder = Path(args.save_inference_dir)
     description = read_description(folder, args.backend)
     height, width = description["input_size"]
-    image_threshold = description["image_threshold"] if args.image_threshold is None else args.image_threshold
-    pixel_threshold = description["pixel_threshold"] if args.pixel_threshold is None else args.pixel_threshold
+    image_threshold, rule = description["image_threshold"], description["threshold_rule"]
+    pixel_threshold, pixel_rule = description["pixel_threshold"], description["pixel_threshold_rule"]
+    calibrated = rule != PUBLISHED_RULE
+    if args.image_threshold is not None:
+        image_threshold, rule = args.image_threshold, "--image_threshold"
+    if args.pixel_threshold is not None:
+        pixel_threshold, pixel_rule = args.pixel_threshold, "--pixel_threshold"
     drawings = drawing_paths(paths, Path(args.output_dir)) if args.output_dir else {}
     for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
         if target:
@@ -84,6 +92,10 @@ def main() -> int:
     worthwhile = len(sizes) == 1 or len(paths) > 20 * args.batch_size or args.winograd
     options = asked_for(args, sizes if worthwhile else ())
     model = load_exported(folder, args.backend, options)
+
+    if calibrated and (args.image_threshold is None or args.pixel_threshold is None):
+        chosen = describe_thresholds(image_threshold, rule, pixel_threshold, pixel_rule)
+        print(f"thresholds: {chosen}; {folder / 'inference.yml'}")
 
     import numpy as np
 
@@ -157,8 +169,9 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         description["input_size"] = height, width = [int(side) for side in description["input_size"]]
         if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
             raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
-        for key in ("image_threshold", "pixel_threshold"):
+        for key, rule in (("image_threshold", "threshold_rule"), ("pixel_threshold", "pixel_threshold_rule")):
             description[key] = float(description[key])
+            description[rule] = printable(str(description.get(rule, "published")))
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core; more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-runtime.setup()  # before any test module imports paddle
+runtime.import_paddle()  # before any test module imports paddle
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,6 +7,6 @@ from deploy.common import runtime
 from tests.forked import LATER, MODULES
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for a core cost more than such a small model saves
-runtime.setup()
+runtime.import_paddle()
 for name in (*MODULES, *LATER):
     importlib.import_module(name)

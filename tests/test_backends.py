@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from deploy import backends
-from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, set_up
+from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, prepare_runtime
 from deploy.common.cli import UserError
 from deploy.common.imaging import label, list_images, preprocess, read_rgb
 from models.export_form import InferenceForm
@@ -181,14 +181,16 @@ def check(model, loaded):
 
 # ---- the published size: 256x256, 4 steps
 
-PUBLISHED = ["input_size=256", "flow_step=4"]
+PUBLISHED_SIZE = ["input_size=256", "flow_step=4"]
 
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     """A model of the published size and the folder of its export; its scores spread over the pictures of lite_data."""
-    model = seeded_model(["pretrained=offline", *PUBLISHED], batch(8, (256, 256)), norm_weight=0.2, subnet_factor=2.0)
-    options = [word for override in PUBLISHED for word in ("-o", override)]
+    model = seeded_model(
+        ["pretrained=offline", *PUBLISHED_SIZE], batch(8, (256, 256)), norm_weight=0.2, subnet_factor=2.0
+    )
+    options = [word for override in PUBLISHED_SIZE for word in ("-o", override)]
     return model, checkpoint_and_export(model, tmp_path_factory.mktemp("full_size"), *options) / "model"
 
 
@@ -251,8 +253,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import numpy as np
-from deploy.backends import Options, load_exported, set_up
-model = load_exported(Path(sys.argv[2]), "paddle", Options(threads=set_up("paddle", 2)))
+from deploy.backends import Options, load_exported, prepare_runtime
+model = load_exported(Path(sys.argv[2]), "paddle", Options(threads=prepare_runtime("paddle", 2)))
 images = np.load("images.npy")
 np.save("scores.npy", np.concatenate([model.run(images[:count])[2] for count in (8, 3, 1)]))
 """
@@ -287,10 +289,10 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import numpy as np
-from deploy.backends import Options, load_exported, set_up
+from deploy.backends import Options, load_exported, prepare_runtime
 from deploy.common.cli import run_main
 def main():
-    set_up(sys.argv[3], 1)
+    prepare_runtime(sys.argv[3], 1)
     model = load_exported(Path(sys.argv[2]), sys.argv[3], Options(threads=1))
     images = np.zeros((4000, 3, 64, 96), np.float32)
     model.run(images[:2])
@@ -398,7 +400,7 @@ def test_a_model_that_the_older_form_cannot_hold_is_one_line(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
         "from deploy.common.cli import run_main\nfrom deploy.export_model import write_program\n"
-        "from deploy.common import runtime\nruntime.setup()\nimport paddle\n"
+        "from deploy.common import runtime\nruntime.import_paddle()\nimport paddle\n"
         "run_main(lambda: write_program(paddle.nn.Tanh(), (4, 4), Path()))"
     )
     environment = {**os.environ, "FLAGS_enable_pir_api": "0"}
@@ -693,17 +695,17 @@ def test_the_service_answers_as_infer_does(exported, backend):
 
 def test_the_number_of_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert set_up("openvino", None) == 5
-    assert set_up("openvino", 3) == 3
+    assert prepare_runtime("openvino", None) == 5
+    assert prepare_runtime("openvino", 3) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
-    assert set_up("openvino", None) == set_up("paddle", None) == 4
+    assert prepare_runtime("openvino", None) == prepare_runtime("paddle", None) == 4
     for wrong in ("many", "0", "-1", "²"):
         monkeypatch.setenv("OMP_NUM_THREADS", wrong)
         with pytest.raises(UserError, match=f"OMP_NUM_THREADS={wrong}: must be a whole number"):
-            set_up("openvino", None)
+            prepare_runtime("openvino", None)
     monkeypatch.setattr(backends.runtime, "available_cores", lambda: 7)
     monkeypatch.setenv("OMP_NUM_THREADS", "")
-    assert set_up("onnxruntime", None) == 7
+    assert prepare_runtime("onnxruntime", None) == 7
     assert os.environ["OMP_NUM_THREADS"] == "7"  # read by Paddle as it is imported
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert set_up("onnxruntime", None) == 7
+    assert prepare_runtime("onnxruntime", None) == 7

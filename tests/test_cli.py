@@ -59,7 +59,7 @@ def test_cuda_names_the_device_in_the_published_way(monkeypatch, capsys, words, 
     monkeypatch.setattr(runtime, "select_device", lambda name: asked.append(name) or name.replace("auto", "cpu"))
     parser = options.common_parser("")
     options.add_cuda(parser)
-    options.start(parser.parse_args(words))
+    options.prepare(parser.parse_args(words))
     assert asked == [chosen]
     said = capsys.readouterr().err
     assert said == ("warning: --cuda True: Paddle sees no GPU here; running on the CPU\n" if warned else "")

@@ -383,6 +383,11 @@ def test_the_order_of_the_published_readme(workplace):
     label = "Anomaly" if float(lines[0][-5:]) > 0.8 else "Normal"
     assert lines[0].startswith(f"{label} - score:  ") and len(lines) == 2
     assert lines[1] == "可视化图在results/order/bottle下"
+    exported = ("--save_inference_dir", "results/order/inference")
+    done = workplace.succeed("deploy/export_model.py", *options, *exported)
+    assert done.stdout == "inference model has been saved into results/order/inference\n"
+    done = workplace.succeed("deploy/infer.py", *exported)  # of images/bottle_bad.png
+    assert re.fullmatch(r"(Normal|Anomaly) - score:  \d\.\d{3}\n", done.stdout)
 
 
 def saved_maps(workplace, exp_dir):
@@ -507,12 +512,14 @@ def predict(workplace, *options):
 
 def test_predict_and_infer_print_the_same_score(workplace):
     for name in ("bottle_good", "bottle_bad"):
-        _, first, second = predict(workplace, "--image_path", f"images/{name}.png").splitlines()
+        which, first, second = predict(workplace, "--image_path", f"images/{name}.png").splitlines()
         assert re.fullmatch(r"(Normal|Anomaly) - score:  \d\.\d{3}", first)
         assert second == "可视化图在results/exp/bottle下"
         options = ("-cfg", "configs/resnet18.yaml", "--save_inference_dir", "./results/inference")
         done = workplace.succeed("deploy/infer.py", *options, "--use_gpu", "True", "--image_path", f"images/{name}.png")
-        assert done.stdout.strip() == first
+        said, decision = done.stdout.splitlines()
+        assert said == which.replace("exp/bottle/thresholds.yaml", "inference/inference.yml")
+        assert decision == first
         if not paddle.is_compiled_with_cuda():
             assert done.stderr.strip() == "warning: --use_gpu True: Paddle sees no GPU here; running on the CPU"
     assert (workplace.folder / "results/exp/bottle/result.jpg").stat().st_size > 1000

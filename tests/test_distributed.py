@@ -61,7 +61,7 @@ def noted(*args):
 
 
 dist.broadcast_object_list = noted
-distributed.start()
+distributed.join()
 (left,) = distributed.from_first(lambda: (time.sleep(2), time.time())[1:])
 assert entered[0] >= left, "it waited in an exchange, which ends after 30 seconds"
 

@@ -497,7 +497,7 @@ def test_the_self_check_notices_another_result(monkeypatch):
 FROM_THREADS = """
 import threading
 from deploy.common import runtime
-runtime.setup()
+runtime.import_paddle()
 from models.cpu import convolutions
 found = []
 check = convolutions.unavailable.__wrapped__

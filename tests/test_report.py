@@ -14,7 +14,7 @@ from deploy.common.imaging import read_rgb
 from utils.evaluation import Scores, measure_all
 from utils.report import csv_table, draw_evaluation, markdown_table, means, print_results, save_maps, write_results
 from utils.results import UNSTATED
-from utils.thresholds import PUBLISHED
+from utils.thresholds import PUBLISHED_THRESHOLDS
 
 
 def row(**changes):
@@ -169,7 +169,7 @@ def measured(tmp_path):
 
 
 def draw(folder, paths, scores, truth):
-    draw_evaluation(folder, paths, scores, truth, measure_all(scores, truth), PUBLISHED)
+    draw_evaluation(folder, paths, scores, truth, measure_all(scores, truth), PUBLISHED_THRESHOLDS)
     return {path.name for path in folder.iterdir()}
 
 

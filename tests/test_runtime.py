@@ -93,7 +93,7 @@ def test_what_the_user_has_set_wins(monkeypatch):
     monkeypatch.setattr(runtime, "cpu_flags", lambda: AMD_AVX512)
     for name, value in {"OMP_NUM_THREADS": "3", "MKL_DEBUG_CPU_TYPE": "4", "GLOG_minloglevel": "0"}.items():
         monkeypatch.setenv(name, value)
-    chosen = runtime.setup()
+    chosen = runtime.import_paddle()
     assert chosen == {"OMP_NUM_THREADS": "3", "MKL_DEBUG_CPU_TYPE": "4", "GLOG_minloglevel": "0"}
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
@@ -104,7 +104,7 @@ def test_defaults_fill_what_the_user_has_not_set(monkeypatch, capsys):
     for name in ("OMP_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "GLOG_minloglevel"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
         monkeypatch.delenv(name)
-    runtime.setup(verbose=True)
+    runtime.import_paddle(verbose=True)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_DEBUG_CPU_TYPE"]) == ("5", "7")
     assert "OMP_NUM_THREADS=5" in capsys.readouterr().err
 
@@ -118,7 +118,7 @@ class AtModule:
 def main():
     sys.meta_path.insert(0, AtModule())
     from deploy.common import runtime
-    runtime.setup()
+    runtime.import_paddle()
     if not {module!r}:
         import paddle
         paddle.ones([8, 8]).sum().item()
@@ -148,7 +148,7 @@ def test_sigterm_ends_without_paddles_stack(module, said):
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows")
 def test_the_set_up_keeps_the_handler_of_sigterm():
     hooks, handler = list(sys.meta_path), signal.getsignal(signal.SIGTERM)
-    runtime.setup()
+    runtime.import_paddle()
     assert (sys.meta_path, signal.getsignal(signal.SIGTERM)) == (hooks, handler)
 
 
@@ -178,7 +178,7 @@ def test_numpy_random_is_imported_before_paddle():
         "            sys.exit('numpy.random' not in sys.modules)\n"
         "sys.meta_path.insert(0, AtPaddle())\n"
         "from deploy.common import runtime\n"
-        "runtime.setup()\n"
+        "runtime.import_paddle()\n"
         "sys.exit(2)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError
 from utils.evaluation import Scores, measure_all
 from utils.thresholds import (
-    PUBLISHED,
+    PUBLISHED_THRESHOLDS,
     Thresholds,
     calibrate_f1,
     calibrate_quantile,
@@ -250,4 +250,8 @@ def test_a_damaged_file_is_a_user_error(stored, content):
 
 
 def test_the_published_thresholds():
-    assert (PUBLISHED.image, PUBLISHED.pixel, PUBLISHED.rule) == (0.8, 0.8, "published")
+    assert (PUBLISHED_THRESHOLDS.image, PUBLISHED_THRESHOLDS.pixel, PUBLISHED_THRESHOLDS.rule) == (
+        0.8,
+        0.8,
+        "published",
+    )

@@ -165,7 +165,7 @@ def test_jobs_share_the_machine(place):
     notes = place.notes()
     assert sorted(note["category"] for note in notes) == list("abcde")
     assert at_once(notes) == 2
-    # runtime.setup() and the feature cache divide by the former, unless the latter is set
+    # runtime.import_paddle() and the feature cache divide by the former, unless the latter is set
     assert {(note["PADDLE_LOCAL_SIZE"], note["OMP_NUM_THREADS"]) for note in notes} == {("2", None)}
 
 

@@ -25,7 +25,7 @@ LONGEST_WAIT = 3600  # seconds for the slowest process; after so many the others
 POLL = 0.05  # seconds
 
 
-def start() -> None:
+def join() -> None:
     """Join the processes that the launcher started."""
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
         dist.init_parallel_env()

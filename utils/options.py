@@ -63,13 +63,13 @@ def add_cuda(parser: ArgumentParser) -> None:
     parser.add_argument("--cuda", type=boolean, help="True: a GPU if there is one, False: the CPU; --device says more")
 
 
-def start(args: argparse.Namespace, **options: object) -> Config:
+def prepare(args: argparse.Namespace, **options: object) -> Config:
     """Read the config, set up the runtime, import paddle and choose the device.
 
     `options` are config keys that were given as command-line options; None means not given.
     """
     config = load_config(args.config, args.override, **options)
-    runtime.setup(args.verbose)
+    runtime.import_paddle(args.verbose)
     cuda = getattr(args, "cuda", None)
     device = runtime.select_device("cpu" if cuda is False and args.device == "auto" else args.device)
     if cuda and device == "cpu":

@@ -26,7 +26,7 @@ import yaml
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError, warn
 from deploy.common.files import regular_file, sha256, write_text
-from deploy.common.imaging import PUBLISHED_THRESHOLD
+from deploy.common.imaging import PUBLISHED_RULE, PUBLISHED_THRESHOLD, describe_thresholds
 from deploy.common.plain_yaml import read_yaml
 from utils.metrics import f1_score
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 CALIBRATED = ("f1", "quantile")
 FALSE_ALARM_RATE = 0.05  # of the rule quantile, where none is asked for
 FILE_NAME = "thresholds.yaml"
-PUBLISHED_RULE = "published"
 RULES = (PUBLISHED_RULE, *CALIBRATED)
 
 
@@ -50,11 +49,11 @@ class Thresholds:
     pixel_rule: str
 
     def describe(self) -> str:
-        """Both in a line, for example `image 0.712 (f1), pixel 0.800 (published)`."""
-        return f"image {self.image:.3f} ({self.rule}), pixel {self.pixel:.3f} ({self.pixel_rule})"
+        """See `describe_thresholds`."""
+        return describe_thresholds(self.image, self.rule, self.pixel, self.pixel_rule)
 
 
-PUBLISHED = Thresholds(PUBLISHED_THRESHOLD, PUBLISHED_THRESHOLD, PUBLISHED_RULE, PUBLISHED_RULE)
+PUBLISHED_THRESHOLDS = Thresholds(PUBLISHED_THRESHOLD, PUBLISHED_THRESHOLD, PUBLISHED_RULE, PUBLISHED_RULE)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
+PUBLISHED_RULE = "published"  # which says so
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -162,6 +163,11 @@ def preprocess(
 def label(score: float, threshold: float) -> str:
     """`Anomaly` above the threshold, else `Normal`."""
     return "Anomaly" if score > threshold else "Normal"
+
+
+def describe_thresholds(image: float, rule: str, pixel: float, pixel_rule: str) -> str:
+    """Both thresholds with the rule that gave each, for example `image 0.712 (f1), pixel 0.800 (published)`."""
+    return f"image {image:.3f} ({rule}), pixel {pixel:.3f} ({pixel_rule})"
 
 
 def decision_line(score: float, threshold: float, path: Path | None = None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from deploy.common.cli import UserError
 
 
-def setup(verbose: bool = False) -> dict[str, str]:
+def import_paddle(verbose: bool = False) -> dict[str, str]:
     """Set thread count, MKL's code path and quiet logs in the environment, then import paddle.
 
     Every entry point calls it before anything else imports paddle.

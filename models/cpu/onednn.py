@@ -26,7 +26,7 @@ import paddle
 from paddle import Tensor
 
 # dnnl_types.h of oneDNN 3; the values are part of its ABI
-CPU, IN_ORDER, BF16, F32, ANY = 1, 1, 2, 3, 1
+CPU, IN_ORDER, BF16, F32, ANY_LAYOUT = 1, 1, 2, 3, 1
 TRAINING, INFERENCE, CONVOLUTION_DIRECT, POOLING_MAX = 64, 96, 1, 0x1FF
 RELU, LINEAR, LOGISTIC, EXP, RELU_OF_DST, TANH_OF_DST = 0x20, 0x26, 0x29, 0x2A, 0x100, 0x101
 ADD, MUL = 0x1FFF0, 0x1FFF1
@@ -172,7 +172,7 @@ class Layout:
     @classmethod
     def any(cls, shape: Sequence[int], kind: int = F32) -> "Layout":
         """The library chooses when it makes a primitive."""
-        return cls(len(shape), _dims(shape), kind, ANY, constructor="_create_with_tag", kind=kind)
+        return cls(len(shape), _dims(shape), kind, ANY_LAYOUT, constructor="_create_with_tag", kind=kind)
 
     @classmethod
     def chosen(cls, description: Handle, query: int, kind: int = F32) -> "Layout":
