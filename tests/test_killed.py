@@ -198,7 +198,7 @@ def test_a_training_that_is_killed_between_two_files_over_an_older_one_goes_on(t
 
 def test_an_evaluation_that_is_killed_before_each_of_its_files_comes_to_the_same_end(tmp_path, trained):
     older, _, _ = trained([*BY_TEST_SET, "--epochs", "1"])
-    command = [*BY_TEST_SET, *DATA, "--save_maps"]
+    command = [*BY_TEST_SET, *DATA, "--threshold_rule", "f1", "--save_maps"]
     for name in ("whole", "killed"):
         shutil.copytree(older / "results", tmp_path / name / "results")
     whole, folder = tmp_path / "whole", tmp_path / "killed"

@@ -376,7 +376,7 @@ def test_two_real_categories_at_a_time(tmp_path):
         for part in ("train", "test"):
             (tmp_path / "data" / name / part).symlink_to(ROOT / "lite_data/bottle" / part)
     values = yaml.safe_load((ROOT / "configs/resnet18.yaml").read_text())
-    values.update(input_size=64, flow_step=1, pretrained="offline", epochs=1)
+    values.update(input_size=32, flow_step=1, pretrained="offline", epochs=1)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     environ = {**os.environ, "python": sys.executable, "config": "tiny.yaml", "JOBS": "2"}
 

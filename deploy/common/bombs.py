@@ -6,15 +6,18 @@ pixels only.
 
 import math
 import re
+import struct
 from typing import BinaryIO
 
 from PIL import Image
 
-MOST_SCANS = 100  # of a JPEG; honest ones have 1 to 10, and each goes through all pixels again
+MOST_SCANS = 100  # of a JPEG; honest ones have 1 to 10, and each goes through all pixels again,
+MOST_LARGE_SCANS = 20  # so that of the most pixels allowed there may be fewer
 MOST_PARTS = 1000  # JPEG segments, PNG chunks other than pixels: Pillow looks at each, and adds EXIF to EXIF
 MOST_STRAY_BYTES = 100_000  # before the first scan of a JPEG, outside its segments; Pillow reads them one by one
 MOST_TILES = 100_000  # or strips, of a TIFF that Pillow puts together by itself
 EOI, SOS = 0xD9, 0xDA  # JPEG markers: end of image, start of scan
+SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start of frame, which says the size
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xef\xfe]")  # those which a length follows, and EOI
 
@@ -23,7 +26,7 @@ class Bomb(Exception):
     """What the file is, and what to do with it if it is honest after all."""
 
 
-def check_structure(file: BinaryIO) -> None:
+def check_structure(file: BinaryIO, max_pixels: float) -> None:
     """Read the file for what it is made of.
 
     Raises:
@@ -31,25 +34,28 @@ def check_structure(file: BinaryIO) -> None:
     """
     start = file.read(8)
     if start.startswith(b"\xff\xd8\xff"):
-        _check_jpeg(start + file.read())
+        _check_jpeg(start + file.read(), max_pixels)
     elif start == b"\x89PNG\r\n\x1a\n":
         _check_png(file)
 
 
-def _check_jpeg(data: bytes) -> None:
+def _check_jpeg(data: bytes, max_pixels: float) -> None:
     """Go through the segments as libjpeg does; pixels hold no marker, thumbnails within a segment do not count."""
-    scans = parts = stray = 0
+    scans = parts = stray = pixels = 0
     place = 2
-    while (found := MARKER.search(data, place)) and found[0][1] != EOI:
+    while (found := MARKER.search(data, place)) and (marker := found[0][1]) != EOI:
+        length, _, height, width = struct.unpack(">HBHH", data[found.end() : found.end() + 7].ljust(7, b"\0"))
         parts += 1
         if not scans:
             stray += found.start() - place
-        scans += found[0][1] == SOS
-        if scans > MOST_SCANS:
-            raise Bomb(f"a JPEG of more than {MOST_SCANS} scans; save it again")
+        if marker in SOF:
+            pixels = width * height
+        scans += marker == SOS
+        if scans > MOST_SCANS or scans * pixels > MOST_LARGE_SCANS * max_pixels:
+            raise Bomb(f"a JPEG of {scans} scans or more, each of all its pixels; save it again")
         if parts > MOST_PARTS or stray > MOST_STRAY_BYTES:
             raise Bomb("a JPEG with too much beside its pixels; save it again without metadata")
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        place = found.end() + length
 
 
 def _check_png(file: BinaryIO) -> None:

@@ -120,7 +120,7 @@ def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarr
     """(H, W, 3) uint8, or (H, W) uint16."""
     try:
         with contextlib.nullcontext(content) if content else regular_file(path).open("rb") as file:
-            check_structure(file)
+            check_structure(file, max_pixels)
         with Image.open(content or path, formats=FORMATS) as image:  # by its name, so that bitmaps are mapped
             check_size(image, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)  # as the camera was held

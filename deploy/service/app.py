@@ -23,6 +23,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploy.common.cli import UserError
 from deploy.common.imaging import label
@@ -197,7 +198,7 @@ class Service:
         self._uploads = Uploads(limits)
         # Few: a large picture takes much memory. RGBA, its RGB, and that as bytes take 14 a pixel.
         memory = 20 * limits.pixels + 10 * limits.upload_bytes + 100 * 2**20
-        self._decoders = Decoders(available_cores(), limits.pixels, limits.decode_seconds, memory)
+        self._decoders = Decoders(max(2, available_cores()), limits.pixels, limits.decode_seconds, memory)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -291,6 +292,7 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Colle
     """
     service = Service(models, limits, origins)
     app = FastAPIOffline(title="FastFlow", version="1", lifespan=service.lifespan, redoc_url=None)
+    app.add_middleware(FewAtOnce, path="/static-offline-docs", count=16, seconds=limits.upload_seconds)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["POST"], expose_headers=["Retry-After"]
@@ -310,6 +312,28 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Colle
     app.get("/", include_in_schema=False)(page)
     app.mount("/page", StaticFiles(directory=PAGE))
     return app
+
+
+class FewAtOnce:
+    """ASGI middleware: of what lies below a path so many answers at once, each in so many seconds; beyond: 503.
+
+    For files that are larger than what the system takes from the process at once. Whoever asks for them and does not
+    read would hold as many files open as connections.
+    """
+
+    def __init__(self, app: ASGIApp, path: str, count: int, seconds: float) -> None:
+        self._app, self._path, self._seconds = app, path, seconds
+        self._turns = asyncio.Semaphore(count)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not scope.get("path", "").startswith(self._path):
+            await self._app(scope, receive, send)
+        elif self._turns.locked():
+            await JSONResponse({"detail": "busy; come again"}, 503)(scope, receive, send)
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with self._turns, asyncio.timeout(self._seconds):
+                    await self._app(scope, receive, send)
 
 
 async def server_error(_: Request, __: Exception) -> JSONResponse:

@@ -1,6 +1,7 @@
 """uvicorn, for clients that take their time: nobody who only holds a connection open keeps others out."""
 
 import asyncio
+import functools
 import os
 import socket
 import threading
@@ -10,21 +11,31 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 10.0  # from the connection, or the last answer, until the headers of a request are there
-ACCEPTED_AT_ONCE = 16  # connections; only then does the first of them count
+ACCEPTED_AT_ONCE = 8  # connections; only then does the first of them count
 QUEUE = 1024  # connections that the system holds meanwhile
-RESERVED_FILES = 128  # for what is accepted and does not count yet, for decoders and for the page
-MOST_CONNECTIONS = 1000
+RESERVED_FILES = 80  # for what is accepted and does not count yet, for decoders and for files that are sent
+MOST_WAITING = 1000  # connections
 
 
 class Connection(H11Protocol):
     """A connection that has a deadline for headers, and makes room for others while it waits for its client.
 
-    The deadline for bodies is the application's. uvicorn by itself waits for either without end.
+    The deadline for bodies is the application's; uvicorn by itself waits for either without end. New connections and
+    those that were answered before make room for their like only: so those that never ask drive out no client that
+    asks again and again, and those that have asked once keep no new client out.
     """
 
-    most = MOST_CONNECTIONS
-    since = 0.0  # the loop's time when it began to wait for the headers, or for the body that is coming
-    deadline: asyncio.TimerHandle | None = None
+    def __init__(self, *args: Any, most: int, **options: Any) -> None:
+        """
+        Args:
+            args, options: uvicorn's.
+            most: connections of either kind that may wait for their clients.
+        """
+        super().__init__(*args, **options)
+        self._most = most
+        self._answered = False
+        self._since = 0.0  # the loop's time when it began to wait for the headers, or for the body that is coming
+        self._deadline: asyncio.TimerHandle | None = None
 
     @property
     def waits_for_client(self) -> bool:
@@ -33,18 +44,13 @@ class Connection(H11Protocol):
         return cycle is None or cycle.response_complete or cycle.more_body or self.flow.write_paused
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Count it, and close the one that has waited longest if there are too many."""
+        """Count it."""
         super().connection_made(transport)
         self._await_headers()
-        if len(self.connections) > self.most:
-            waiting = [connection for connection in self.connections if connection.waits_for_client]
-            longest = min(waiting, key=lambda connection: connection.since)  # at least this one waits
-            self.connections.discard(longest)
-            longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadline too."""
-        self.deadline.cancel()
+        self._deadline.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -52,19 +58,25 @@ class Connection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self.deadline.cancel()
-            self.since = self.loop.time()
+            self._deadline.cancel()
+            self._since = self.loop.time()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        self._answered = True
         self._await_headers()
         super().on_response_complete()
 
     def _await_headers(self) -> None:
-        if self.deadline:
-            self.deadline.cancel()
-        self.since = self.loop.time()
-        self.deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        if self._deadline:
+            self._deadline.cancel()
+        self._since = self.loop.time()
+        self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        like = [c for c in self.connections if c._answered == self._answered and c.waits_for_client]
+        if len(like) > self._most:
+            longest = min(like, key=lambda connection: connection._since)
+            self.connections.discard(longest)
+            longest.transport.abort()
 
 
 class Server(uvicorn.Server):
@@ -78,12 +90,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Any, seconds: float, verbose: bool) -> None:
         self._seconds = seconds
+        http = functools.partial(Connection, most=most_waiting())
         log_level = "info" if verbose else "warning"
-        super().__init__(uvicorn.Config(app, http=Connection, ws="none", log_level=log_level, backlog=ACCEPTED_AT_ONCE))
+        super().__init__(uvicorn.Config(app, http=http, ws="none", log_level=log_level, backlog=ACCEPTED_AT_ONCE))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """asyncio takes the length of the system's queue for how many to accept at once, so that is set afterwards."""
-        Connection.most = most_connections()
         await super().startup(sockets)
         for listener in sockets:
             listener.listen(QUEUE)
@@ -96,12 +108,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def most_connections() -> int:
-    """How many connections the process may hold, by how many files it may open."""
+def most_waiting() -> int:
+    """How many connections of either kind may wait for their clients, by how many files the process may open."""
     try:
         import resource
 
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+        free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
     except (ImportError, OSError):  # not Unix
-        return MOST_CONNECTIONS
-    return min(max(allowed - RESERVED_FILES, ACCEPTED_AT_ONCE), MOST_CONNECTIONS)
+        return MOST_WAITING
+    return min(max((free - RESERVED_FILES) // 2, ACCEPTED_AT_ONCE), MOST_WAITING)
