@@ -74,7 +74,9 @@ def load_exported(folder: Path, backend: str = "paddle", options: Options | None
     """
     options = options or Options()
     if options.precision == "int8":
-        raise UserError("--precision int8: not offered, it would cost accuracy (docs/en/deploy.md); use fp32, fp16 or bf16")
+        raise UserError(
+            "--precision int8: not offered, it would cost accuracy (docs/en/deploy.md); use fp32, fp16 or bf16"
+        )
     if options.use_tensorrt and backend != "paddle":
         raise UserError(f"--use_tensorrt True: goes with --backend paddle, not {backend}")
     if options.winograd and (backend, options.precision) != ("openvino", "fp32"):

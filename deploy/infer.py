@@ -171,7 +171,7 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
             raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
         for key, rule in (("image_threshold", "threshold_rule"), ("pixel_threshold", "pixel_threshold_rule")):
             description[key] = float(description[key])
-            description[rule] = printable(str(description.get(rule, "published")))
+            description[rule] = printable(str(description.get(rule, "not stated")))
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]

@@ -596,7 +596,10 @@ def test_the_exported_model_carries_the_thresholds(workplace, tmp_path):
     picture = ("--image_path", "images/bottle_bad.png")
     for model in (folder, older):
         done = workplace.succeed("deploy/infer.py", "--save_inference_dir", model, *picture)
-        assert done.stdout.splitlines() == predict(workplace, *picture).splitlines()[1:2]
+        said, decision = done.stdout.splitlines()
+        assert decision == predict(workplace, *picture).splitlines()[1]
+        rules = ("f1", "published") if model == folder else ("not stated", "not stated")
+        assert re.sub(r"\d\.\d+", "T", said).startswith("thresholds: image T ({}), pixel T ({});".format(*rules))
 
 
 def test_predict_a_folder_and_a_pattern(workplace):
@@ -620,7 +623,7 @@ def test_infer_batches_give_the_same_scores(workplace):
     options = ("--save_inference_dir=results/inference", "--image_path=lite_data/bottle/test/good")
     single = workplace.succeed("deploy/infer.py", *options, "--batch_size=1").stdout
     batched = workplace.succeed("deploy/infer.py", *options, "--batch_size=3", "--benchmark=True", "--warmup=1").stdout
-    assert len(single.splitlines()) == 8
+    assert len(single.splitlines()) == 9  # the thresholds come first
     assert batched.startswith(single)
     for word in ("preprocess", "inference", "postprocess", "batch_size: 3", "precision", "device: cpu", "memory"):
         assert word in batched
@@ -774,7 +777,7 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
     description = yaml.safe_load((folder / "inference.yml").read_text())
     assert description["input_size"] == [64, 96]
     inferred = empty.succeed("deploy/infer.py", "--image_path", picture).stdout
-    assert inferred.strip() == predicted
+    assert inferred.splitlines()[1:] == [predicted]
     batch = preprocess(read_rgb(picture), 64, 96)
     raw, smoothed, score = load_exported(folder).run(batch)
     assert raw.shape == smoothed.shape == (1, 1, 64, 96)
