@@ -4,11 +4,14 @@ Needs requirements-serve.txt; no training code. A page to try it is at /, the de
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import socket
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,6 +89,30 @@ def origins(text: str) -> list[str]:
     return found
 
 
+@contextlib.contextmanager
+def without_disk() -> Iterator[None]:
+    """Within it folders that cannot be made are done without.
+
+    Paddle makes one for data sets when it is imported, in HOME or where temporary files go, and fails where neither can
+    be written to.
+    """
+    make, where = os.makedirs, tempfile.tempdir
+
+    def make_or_not(*args: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            make(*args, **options)
+
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = "/"  # taken at its word
+    os.makedirs = make_or_not
+    try:
+        yield
+    finally:
+        os.makedirs, tempfile.tempdir = make, where
+
+
 def end(*_: object) -> NoReturn:
     """At SIGTERM: end with code 0, wherever the process is, and leave no moment in which a further one could kill it.
 
@@ -100,7 +127,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     folders = named_folders(args.models, args.backend)
     listener = listen(args.host, args.port)
-    options = asked_for(args, (1, args.max_batch_size))
+    with without_disk():
+        options = asked_for(args, (1, args.max_batch_size))
     from deploy.service.app import ServedModel, create_app
     from deploy.service.batching import Batcher
     from deploy.service.connections import Server

@@ -37,7 +37,8 @@ class ResNetFeatures(nn.Layer):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, C, H/4, W/4), (B, 2C, H/8, W/8), (B, 4C, H/16, W/16), sizes rounded up.
 
-        C is 64 with basic blocks (ResNet18 and 34), 256 with bottleneck blocks.
+        C is 64 with basic blocks (ResNet18 and 34), 256 with bottleneck blocks. `_plain` says what is computed,
+        `models.cpu` how on a CPU.
         """
         return cpu_resnet.features(self, images, self._plain)
 

@@ -102,7 +102,7 @@ class Flow(nn.Layer):
             self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> z (B, C, H, W), log-det (B)."""
+        """(B, C, H, W) -> z (B, C, H, W), log-det (B); `_plain` says what is computed, `models.cpu` how on a CPU."""
         return cpu_flow.flow(x, self.module_list, self._plain, self.training)
 
     def _plain(self, x: Tensor) -> tuple[Tensor, Tensor]:

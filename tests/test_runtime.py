@@ -146,6 +146,15 @@ def test_sigterm_ends_without_paddles_stack(module, said):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows")
+def test_sigterm_of_which_a_library_makes_another_error_ends_the_same():
+    code = "import os, signal\nfrom deploy.common.cli import UserError, run_main\ndef main():\n    try:\n"
+    code += "        os.kill(os.getpid(), signal.SIGTERM)\n    except KeyboardInterrupt as error:\n"
+    for other in ("ImportError('initialization failed')", "UserError('cannot be imported')"):
+        command = [sys.executable, "-c", f"{code}        raise {other} from error\nrun_main(main)"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_the_set_up_keeps_the_handler_of_sigterm():
     hooks, handler = list(sys.meta_path), signal.getsignal(signal.SIGTERM)
     runtime.import_paddle()

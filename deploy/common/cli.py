@@ -6,9 +6,9 @@ import math
 import os
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Callable
-from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError says of it
 LARGEST_SIDE = 4096  # of a model's pictures, in pixels: beyond it memory ends, not sense
@@ -128,13 +128,13 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
-    terminated = False
+    terminated = -math.inf  # when, by time.monotonic()
 
-    def terminate(*_: object) -> NoReturn:
+    def terminate(*_: object) -> None:
         nonlocal terminated
-        terminated = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
-        raise KeyboardInterrupt
+        before, terminated = terminated, time.monotonic()
+        if terminated - before > 1:  # `timeout` sends two at once
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -142,17 +142,26 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
         sys.stdout.flush()
         if end_at_once:
             os._exit(code)
-    except UserError as error:
+    except BaseException as error:
+        # Of a KeyboardInterrupt in the midst of an import, for example, Python may make another error.
+        code = _report(error, packages) if terminated == -math.inf else 128 + signal.SIGTERM
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(code)
+
+
+def _report(error: BaseException, packages: str) -> int:
+    """Say in one line what ended a script, and return the exit code; raise what nobody has thought of."""
+    try:
+        raise error
+    except UserError:
         report_error(error)
-        code = 2
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError:
         advice = NO_PADDLE if error.name == "paddle" else f"pip install {packages}"
         report_error(Exception(f"Python has no module {error.name} here; {advice}"))
-        code = 2
     except BrokenPipeError:  # whoever read the output has seen enough
         _silence()
-        code = 1
-    except OSError as error:
+        return 1
+    except OSError:
         if error.filename is not None:  # a name that is too long, a folder that may not be read
             report_error(Exception(f"{error.filename}: {error.strerror}"))
         elif error.errno in DISK_FULL:
@@ -160,13 +169,10 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
             _silence()
         else:
             raise
-        code = 2
     except KeyboardInterrupt:
-        if not terminated:
-            report_error(Exception("interrupted"))
-        code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.exit(code)
+        report_error(Exception("interrupted"))
+        return 128 + signal.SIGINT
+    return 2
 
 
 def _silence() -> None:

@@ -196,9 +196,7 @@ class Service:
         self._origins = origins
         self._metrics = Metrics(models)
         self._uploads = Uploads(limits)
-        # Few: a large picture takes much memory. RGBA, its RGB, and that as bytes take 14 a pixel.
-        memory = 20 * limits.pixels + 10 * limits.upload_bytes + 100 * 2**20
-        self._decoders = Decoders(max(2, available_cores()), limits.pixels, limits.decode_seconds, memory)
+        self._decoders = Decoders(max(2, available_cores()), limits)  # few: a large picture takes much memory
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:

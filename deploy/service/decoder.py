@@ -25,21 +25,20 @@ def main() -> None:
     """Arguments: the most pixels of a picture, seconds after which the process ends itself, bytes it may take."""
     for number in (signal.SIGINT, signal.SIGTERM):  # to a whole group of processes; the service ends this one
         signal.signal(number, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's, on odd metadata; anyone can send those
+    silence()
     max_pixels, seconds, memory = map(int, sys.argv[1:])
     limit_memory(memory)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    with open(os.devnull, "w") as nowhere:
-        while line := requests.readline():
-            request = json.loads(line)
-            content = io.BytesIO(requests.read(request["bytes"]))
-            # A thread that ends the process, with no need of Python, whatever C code it is in.
-            faulthandler.dump_traceback_later(seconds, file=nowhere, exit=True)
-            answer, data = decode(content, max_pixels, request)
-            faulthandler.cancel_dump_traceback_later()
-            answers.write(json.dumps(answer).encode() + b"\n")
-            answers.write(data)
-            answers.flush()
+    while line := requests.readline():
+        request = json.loads(line)
+        content = io.BytesIO(requests.read(request["bytes"]))
+        # A thread that ends the process, with no need of Python, whatever C code it is in.
+        faulthandler.dump_traceback_later(seconds, file=2, exit=True)
+        answer, data = decode(content, max_pixels, request)
+        faulthandler.cancel_dump_traceback_later()
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(data)
+        answers.flush()
 
 
 def decode(content: BinaryIO, max_pixels: int, request: dict[str, Any]) -> tuple[dict[str, str], bytes | memoryview]:
@@ -49,6 +48,14 @@ def decode(content: BinaryIO, max_pixels: int, request: dict[str, Any]) -> tuple
     except UserError as error:
         return {"error": str(error)}, b""
     return {}, preprocess(picture, *request["input_size"], request["mean"], request["std"]).data
+
+
+def silence() -> None:
+    """Drop what Pillow warns of and what libtiff and others write to stderr: anyone can send odd metadata."""
+    warnings.simplefilter("ignore")
+    sys.stderr = os.fdopen(os.dup(2), "w")  # Python itself still says what fails
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
 
 
 def limit_memory(beyond: int) -> None:
@@ -64,4 +71,7 @@ def limit_memory(beyond: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the service has ended without this answer
+        os._exit(1)

@@ -13,24 +13,22 @@ from typing import Any
 import numpy as np
 
 from deploy.common.cli import UserError
+from deploy.service.uploads import Limits
 
-DECODER = Path(__file__).resolve().parent / "decoder.py"
 GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs 0.1 s of CPU time
 
 
 class Decoders:
     """Processes that decode pictures, each one picture at a time; further pictures wait for their turn."""
 
-    def __init__(self, count: int, max_pixels: int, seconds: int, memory: int) -> None:
+    def __init__(self, count: int, limits: Limits) -> None:
         """
         Args:
             count: the most processes; they are started when they are needed and kept.
-            max_pixels: of a picture.
-            seconds: that a picture may take.
-            memory: bytes that a process may take for a picture, where Linux holds it to that.
+            limits: of a picture.
         """
-        self._command = [sys.executable, str(DECODER), *map(str, (max_pixels, seconds, memory))]
-        self._seconds = seconds
+        self._command = command(limits)
+        self._seconds = limits.decode_seconds
         self._turns = asyncio.Semaphore(count)
         self._idle: list[Process] = []
 
@@ -82,6 +80,12 @@ class Decoders:
             if decoder.returncode is None:
                 return decoder
         return await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE, limit=2**20)
+
+
+def command(limits: Limits) -> list[str]:
+    """What starts a decoder."""
+    script = Path(__file__).resolve().parent / "decoder.py"
+    return [sys.executable, str(script), *map(str, (limits.pixels, limits.decode_seconds, limits.decoder_bytes))]
 
 
 async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> np.ndarray | str:

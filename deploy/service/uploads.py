@@ -29,6 +29,11 @@ class Limits:
     pixels: int = 32_000_000  # of a picture; its header tells before it is decoded
     decode_seconds: int = 10  # that a picture may take
 
+    @property
+    def decoder_bytes(self) -> int:
+        """What a picture may take in its decoder. RGBA, its RGB, and that as bytes twice are 14 bytes a pixel."""
+        return 20 * self.pixels + 10 * self.upload_bytes + 100 * 2**20
+
 
 class Options(BaseModel):
     """What a request may say besides the picture."""

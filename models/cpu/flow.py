@@ -108,7 +108,7 @@ def _parameters(step: nn.Layer) -> list[Tensor]:
 
 
 def _read_again(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Those that the gradients depend on, of what `_parameters` gives for the steps: all but offsets and biases."""
+    """Return those that the gradients depend on, of what `_parameters` gives for steps: all but offsets and biases."""
     return parameters[::2]
 
 
@@ -381,7 +381,7 @@ class _Ends:
 
 
 class _Resources:
-    """What has been made for a flow, by shape: primitives, memory to begin and end with, and activations not in use."""
+    """This holds what has been made for a flow, by shape: primitives, ends, and activations that are not in use."""
 
     def __init__(self) -> None:
         remembered = functools.lru_cache(maxsize=SHAPES)

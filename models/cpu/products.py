@@ -1,8 +1,8 @@
-"""The gradient of a convolution's weights as products of matrices, for a kernel of any odd size with stride 1:
+"""The gradient of a convolution's weights as products of matrices, for a kernel of any odd size with stride 1.
 
     gradient of weights[:, :, y, x] = gradient of dst (O, pixels) @ src moved by (y, x) (pixels, I)
 
-over the pixels of all images one after the other, in frames of zeros as wide as the kernel reaches.
+The product is over the pixels of all images one after the other, in frames of zeros as wide as the kernel reaches.
 """
 
 import weakref
@@ -14,7 +14,7 @@ from models.cpu.onednn import Buffer, Layout, channel_sums, matmul, reorder
 
 
 class WeightsGradientByProducts:
-    """Called like a WeightsGradient, in float32: a product of matrices for each place (y, x) of the kernel."""
+    """This is called like a WeightsGradient, in float32; it is a product of matrices for each place (y, x)."""
 
     def __init__(self, src: Sequence[int], weights: Sequence[int]) -> None:
         b, i, h, w = src
@@ -37,7 +37,7 @@ class WeightsGradientByProducts:
 
 
 class Frames:
-    """Memory for sheets of b images, (b, h, w, c), with zeros around each image.
+    """This is memory for sheets of b images, (b, h, w, c), with zeros around each image.
 
     There are px pixels of zeros after each row and py rows of them after each image; those before are the ones after
     the last row or image, or lie before the first.
@@ -55,7 +55,7 @@ class Frames:
         self.first = Buffer(memory.array.ravel()[self.lead * c :])
 
     def images(self) -> Layout:
-        """The images of a sheet, from `first` on."""
+        """Return where the images of a sheet lie, from `first` on."""
         _, c, _, _ = self.shape
         height, width = self._padded
         return Layout.strided(self.shape, (height * width * c, 1, width * c, c))
@@ -65,7 +65,7 @@ _frames: weakref.WeakValueDictionary[tuple, Frames] = weakref.WeakValueDictionar
 
 
 def frames(role: str, *shape: int) -> Frames:
-    """The `Frames` of this role and shape, shared by all who hold them: they are called one by one."""
+    """Return the `Frames` of this role and shape; all who hold them share them, for they are called one by one."""
     key = (role, *shape)
     found = _frames.get(key)
     if found is None:
@@ -74,7 +74,7 @@ def frames(role: str, *shape: int) -> Frames:
 
 
 class Products:
-    """(result): for each sheet and each place (y, x) of a kernel, the product over pixels of gradient and moved src."""
+    """A call (result) writes the product of gradient and moved src for each sheet and each place (y, x) of a kernel."""
 
     def __init__(self, src: Frames, gradient: Frames, kh: int, kw: int) -> None:
         i, o, pixels = src.shape[1], gradient.shape[1], gradient.pixels

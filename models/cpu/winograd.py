@@ -16,7 +16,7 @@ from models.cpu.products import Frames, Products, frames
 
 
 class WinogradConvolution:
-    """Called like a Convolution, 3x3 with stride 1 and in float32; H is a multiple of 4."""
+    """This is called like a Convolution, 3x3 with stride 1 and in float32; H is a multiple of 4."""
 
     def __init__(self, src: Sequence[int], weights: Sequence[int], post_ops: PostOps | None = None) -> None:
         b, i, h, w = src
@@ -61,7 +61,7 @@ class WinogradConvolution:
 
 
 class WinogradWeightsGradient:
-    """Called like a WeightsGradient, 3x3 and in float32; H is a multiple of 4.
+    """This is called like a WeightsGradient, 3x3 and in float32; H is a multiple of 4.
 
     The gradient of m is A times that of y, the gradient of G g that of six convolutions of B^T d, and the gradient of g
     is G^T times that.
@@ -94,12 +94,12 @@ class WinogradWeightsGradient:
 
 
 def _six(role: str, b: int, c: int, h: int, w: int, gap: int) -> Frames:
-    """Six pictures for (b, c, h, w), each with a row for each four rows of it, with zeros between the rows."""
+    """Return six pictures for (b, c, h, w), each with a row for each four rows of it, with zeros between the rows."""
     return frames(role, 6, 1, b * h // ROWS, w, c, 0, gap)
 
 
 def _rows_of_six(b: int, six: Frames) -> Layout:
-    """The rows of the `_six` of b pictures, from `first` on, as (b, H / 4, 6, W C)."""
+    """Return where the rows of the `_six` of b pictures lie, from `first` on, as (b, H / 4, 6, W C)."""
     _, c, h, w = six.shape
     return Layout.strided((b, h // b, 6, w * c), (h // b * six.row * c, six.row * c, six.size, 1))
 

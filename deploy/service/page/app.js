@@ -14,8 +14,17 @@ let text = TEXTS[language];
 // ---- language
 
 function chosenLanguage() {
-  const stored = localStorage.getItem("language");
+  const stored = remembered((storage) => storage.getItem("language"));
   return stored in TEXTS ? stored : navigator.language.startsWith("zh") ? "zh" : "en";
+}
+
+// Where the browser lets pages store nothing, even to look for it throws; then the choice holds until the page is left.
+function remembered(use) {
+  try {
+    return use(localStorage);
+  } catch {
+    return null;
+  }
 }
 
 function translate() {
@@ -298,7 +307,7 @@ element("csv").addEventListener("click", download);
 element("clear").addEventListener("click", clear);
 element("language").addEventListener("click", () => {
   language = language === "zh" ? "en" : "zh";
-  localStorage.setItem("language", language);
+  remembered((storage) => storage.setItem("language", language));
   translate();
 });
 
