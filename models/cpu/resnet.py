@@ -125,7 +125,7 @@ def _checksum(model: nn.Layer) -> list[bytes]:
 
 
 def _sums(numbers: np.ndarray) -> bytes:
-    """Return a sum of bits for every `APART`-th pair of numbers from the first on, one for those and so on.
+    """Return the sums of the bits of all pairs of numbers that are a multiple of `APART` pairs from each other.
 
     One sum of all would not change with numbers that change places, as when red and blue are exchanged.
     """
