@@ -77,8 +77,8 @@ HOSTILE = hostile_uploads()
 class Process:
     """deploy/serve.py on a free port."""
 
-    def __init__(self, *options, deploy=ROOT / "deploy"):
-        command = [sys.executable, deploy / "serve.py", "--port", "0", *map(str, options)]
+    def __init__(self, *options, deploy=ROOT / "deploy", before=()):
+        command = [*before, sys.executable, deploy / "serve.py", "--port", "0", *map(str, options)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.line = self.process.stdout.readline()
         if not self.line:

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapp
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -127,7 +126,7 @@ def check_origin(request: Request, allowed: Collection[str]) -> None:
     if site:
         own = site in ("same-origin", "none")
     else:
-        own = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
     if not own and origin not in allowed and "*" not in allowed:
         raise problem(403, f"pages of {origin} may not post pictures here; --allow_origins lets them")
 
@@ -145,8 +144,9 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
             raise problem(400, "the client hung up")
         return task.result()
     finally:
-        task.cancel()
         gone.cancel()
+        task.cancel()
+        await asyncio.wait([task])  # until its place is free
 
 
 class Metrics:
