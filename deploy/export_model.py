@@ -160,15 +160,14 @@ def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) ->
     ours = {array_sha256(value) for value in (*form.parameters(), *form.buffers())}
     if not ours.issuperset(map(array_sha256, written.values())):
         raise UserError(f"{folder.parent}: Paddle has not written the whole model; {ADVICE}")
-    path.with_suffix(".pdiparams.info").unlink(missing_ok=True)  # of Paddle 2.6; nothing reads it
+    path.with_suffix(".pdiparams.info").unlink(missing_ok=True)  # of the older form; nothing reads it
 
 
 @contextlib.contextmanager
 def operators_of_the_older_form() -> Iterator[None]:
     """Within it Paddle 3 can write the exp, sigmoid and matmul of a model into programs of the older form.
 
-    It knows that form without PIR, as FLAGS_enable_pir_api=0 asks for; but its own functions of these operators have
-    been made for PIR alone since 3.0.
+    FLAGS_enable_pir_api=0 asks Paddle 3 for that form, but the functions of these operators know only PIR in 3.3.
     """
     from paddle import _C_ops
     from paddle.base.layer_helper import LayerHelper

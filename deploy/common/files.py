@@ -190,7 +190,7 @@ def _remove_locked(path: Path, handle: int) -> None:
     if not _is_at(path, handle):
         os.close(handle)
     elif fcntl:
-        path.unlink()  # before others get its lock
+        path.unlink(missing_ok=True)  # before others get its lock
         os.close(handle)
     else:
         os.close(handle)  # Windows removes nothing that is open
