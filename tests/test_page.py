@@ -46,8 +46,9 @@ def open_page(browser, server):
     """Opens the page in a fresh context; afterwards nothing may have been asked of elsewhere, or gone wrong in it."""
     contexts, asked, errors = [], [], []
 
-    def open_page(**options):
+    def open_page(script="", **options):
         context = browser.new_context(**{"locale": "en-US", **options})
+        context.add_init_script(script)
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda request: asked.append(request.url))
@@ -283,6 +284,31 @@ def test_chinese_and_english(open_page):
     assert shown.locator("strong").inner_text() in ("Anomaly", "Normal")
     page.reload()
     expect(page.get_by_role("button", name="Choose pictures")).to_be_visible()  # the choice is remembered
+
+
+def test_a_browser_that_lets_pages_store_nothing_shows_the_page_all_the_same(open_page):
+    blocked = "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException(); } })"
+    page = open_page(script=blocked, locale="zh-CN")
+    page.get_by_role("button", name="English").click()
+    shown = scored(page, GOOD)
+    assert shown.locator("strong").inner_text() in ("Anomaly", "Normal")
+
+
+def test_a_page_of_another_origin_cannot_make_the_browser_post_a_picture(browser, server):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"{server.url.replace('127.0.0.1', 'localhost')}/health/live")  # another origin, of the same machine
+    with page.expect_response(re.compile("predict")) as answer:
+        page.evaluate(
+            """url => {
+                const form = new FormData();
+                form.append("image", new File(["x"], "x.png"));
+                fetch(url, { method: "POST", body: form, mode: "no-cors" });
+            }""",
+            f"{server.url}/v1/models/bottle:predict",
+        )
+    assert answer.value.status == 403
+    context.close()
 
 
 def test_both_languages_have_every_text(page):
