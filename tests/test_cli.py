@@ -55,7 +55,7 @@ def test_an_interval_may_be_never():
 def test_cuda_names_the_device_in_the_published_way(monkeypatch, capsys, words, chosen, warned):
     """On a machine without a GPU, which `auto` is the CPU of."""
     asked = []
-    monkeypatch.setattr(runtime, "setup", lambda *_: None)
+    monkeypatch.setattr(runtime, "import_paddle", lambda *_: None)
     monkeypatch.setattr(runtime, "select_device", lambda name: asked.append(name) or name.replace("auto", "cpu"))
     parser = options.common_parser("")
     options.add_cuda(parser)

@@ -804,7 +804,8 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
         (["-cat", "bottle", "--backbone_weights", "no.npz"], "no.npz"),
         (["-cat", "bottle", "--exp_dir", "images/bottle_good.png"], "bottle_good.png"),
         (["-cat", "bottle", "--no_such_option"], "--no_such_option"),
-        ([], "--category"),
+        (["-cat", "bottle", "--test_epochs", "0"], "--test_epochs"),
+        (["-cat", "bottle", "--cuda", "perhaps"], "--cuda"),
     ],
 )
 def test_bad_options_of_train(empty, options, word):

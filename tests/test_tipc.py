@@ -448,15 +448,16 @@ def test_our_config_drives_our_scripts(repository):
         done = repository.run(mode=mode, config=OUR_CONFIG, python=str(repository.python))
         assert done.returncode == 0, done.stdout + done.stderr
         train, evaluate, export, *infer = repository.commands()
-        assert train.startswith("train.py -cfg ./configs/resnet18.yaml -cat bottle --epochs=")
+        assert train.startswith("train.py -cfg ./configs/resnet18.yaml -cat bottle --cuda=True --epochs=")
         assert f"--exp_dir=tipc_{mode} " in train and train.endswith(f"--data={data}")
-        assert evaluate == f"eval.py -cfg ./configs/resnet18.yaml -cat bottle --data {data} --exp_dir tipc_{mode}"
+        of_eval = f"-cat bottle --data {data} --exp_dir tipc_{mode} --cuda=True"
+        assert evaluate == f"eval.py -cfg ./configs/resnet18.yaml {of_eval}"
         assert export == (
             "deploy/export_model.py -cfg configs/resnet18.yaml --category bottle"
             f" --exp_dir tipc_{mode} --save_inference_dir=./results/tipc_inference"
         )
         assert [command.split()[3] for command in infer] == ["--use_gpu=True", "--use_gpu=False"]
-        assert all("--save_inference_dir=./results/tipc_inference" in command for command in infer)
+        assert all("--model_dir=./results/tipc_inference" in command for command in infer)
         assert (repository.output(mode, "fastflow") / "python_infer_gpu_batchsize_1.log").exists()
 
     done = repository.run(mode="whole_infer", config=OUR_CONFIG, python=str(repository.python))
