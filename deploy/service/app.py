@@ -105,6 +105,8 @@ PROBLEMS = {
     422: "not a picture, too many pixels, too long to decode, or a wrong option",
     503: "busy; come again after Retry-After seconds",
 }
+
+
 # ---- between uploads and the model
 
 
@@ -137,7 +139,12 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     Raises:
         HTTPException: 400; nobody will read it, but it is counted.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
