@@ -105,8 +105,6 @@ PROBLEMS = {
     422: "not a picture, too many pixels, too long to decode, or a wrong option",
     503: "busy; come again after Retry-After seconds",
 }
-
-
 # ---- between uploads and the model
 
 
@@ -139,12 +137,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     Raises:
         HTTPException: 400; nobody will read it, but it is counted.
     """
-
-    async def hung_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
