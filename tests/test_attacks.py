@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import http.client
 import io
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -274,6 +276,28 @@ def test_whoever_hangs_up_gives_up_the_place():
         free.set()
 
     with_app(Limits(), use, run=stuck, places=1)
+
+
+def test_what_was_refused_is_held_no_longer():
+    body = json.dumps({"image": base64.b64encode(bytes(6 * MB)).decode()}).encode()
+
+    def memory():
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    async def use(app, _):
+        for i in range(12):
+            client = RawClient(app)
+            client.body(body)
+            assert await client.status() == 422
+            if i == 3:
+                before = memory()
+        assert memory() - before < 25  # of 48 MB that came since
+
+    gc.disable()  # which would free circles at some time
+    try:
+        with_app(Limits(), use)
+    finally:
+        gc.enable()
 
 
 def test_uploads_need_no_disk(monkeypatch):

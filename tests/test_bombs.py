@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.uploads import (
     bmp_of_runs,
+    cost,
     grey_tiff,
     jpeg_of_scans,
     jpeg_of_segments,
@@ -26,6 +27,7 @@ from benchmarks.uploads import (
 from deploy.common.bombs import MOST_PARTS, MOST_SCANS, MOST_TILES
 from deploy.common.cli import UserError
 from deploy.common.imaging import read_rgb
+from deploy.service.uploads import Limits
 
 MB = 2**20
 SMALL = Image.new("L", (64, 64), 7)
@@ -224,3 +226,11 @@ def test_two_thousand_damaged_files_are_pictures_or_one_line():
         assert time.process_time() - begun < 1, content
     assert peak_memory() - before < 50
     assert 400 < read_well < 1600  # the damage is neither too light nor too heavy to tell anything
+
+
+def test_the_benchmark_measures_what_a_file_costs():
+    said, seconds, memory = cost(jpeg_of_scans(20, 2000), Limits())
+    assert said == "decoded"
+    assert 0 < seconds < 10
+    assert memory > 4 * 2000**2 / MB
+    assert cost(tiff_of_tile(26752), Limits())[0].startswith("image: 26752x26752 in a tile")

@@ -147,6 +147,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         gone.cancel()
         task.cancel()
         await asyncio.wait([task])  # until its place is free
+        del task  # of its error the traceback holds this frame, and that of the body: a circle
 
 
 class Metrics:

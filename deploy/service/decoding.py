@@ -1,4 +1,9 @@
-"""Decoding in processes that can be killed."""
+"""Decoding in processes that can be killed.
+
+A thread cannot: it goes on with a picture that nobody wants any more, holds up the others and the end of the service,
+takes what memory it likes, and a fault in C code ends all. A process takes 20 MB, 0.1 s of CPU time at its start, and
+1 ms more for a picture (4.2 instead of 3.3 ms for one of 256x256, measured on two cores), since bytes go to and fro.
+"""
 
 import asyncio
 import contextlib
