@@ -12,7 +12,7 @@ from tests import forked
 ROOT = Path(__file__).resolve().parent.parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core; more threads would wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"  # in place of what the controller has set for itself
 runtime.import_paddle()  # before any test module imports paddle
 
 
