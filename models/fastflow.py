@@ -180,6 +180,7 @@ class FastFlow(nn.Layer):
             UserError: no such backbone, or the config says something else of it than it gives.
         """
         super().__init__()
+        self.config = config
         random = np.random.default_rng(config.seed)
         self.feature_extractor = build_backbone(config.backbone_name)
         shapes = feature_shapes(self.feature_extractor, config.size)  # (C, h, w) per scale

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from datasets.mvtec import GroundTruth
+from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import read_rgb
 from utils.evaluation import Scores, measure_all
 from utils.report import csv_table, draw_evaluation, markdown_table, means, print_results, save_maps, write_results
 from utils.results import UNSTATED
-from utils.thresholds import PUBLISHED_THRESHOLDS
 
 
 def row(**changes):

@@ -9,10 +9,9 @@ import yaml
 
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError
+from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
 from utils.evaluation import Scores, measure_all
 from utils.thresholds import (
-    PUBLISHED_THRESHOLDS,
-    Thresholds,
     calibrate_f1,
     calibrate_quantile,
     held_out_pictures,

@@ -8,6 +8,7 @@ pictures that training did not see), `average` (with a moving average of the wei
 """
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import paddle
 from deploy.common.cli import UserError
 from deploy.common.files import write_whole
 from models.fastflow import FastFlow, FlowStep
-from utils.config import Config, check_known, keys_that_decide
+from utils.config import Config, check_known, keys_that_decide, updated
 from utils.history import EpochRow
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
@@ -161,13 +162,23 @@ def selection_of(checkpoint: dict[str, Any], is_last: bool) -> str:
     return "last" if selection == "last" or all_epochs else "last_by_patience"
 
 
-def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
+def load_model(
+    config: Config, path: Path, own_overrides: Sequence[str] | None = None
+) -> tuple[FastFlow, dict[str, Any]]:
     """The model of a checkpoint, backbone included, in eval mode; and the checkpoint.
+
+    Args:
+        config: of the model.
+        path: the checkpoint.
+        own_overrides: if not None, the checkpoint's own settings, with these overrides, take the place of those of the
+            config, as far as it holds any: published files hold none.
 
     Raises:
         UserError: no such file, damaged, of another architecture, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
+    if own_overrides is not None:
+        config = updated(config, checkpoint.get("config", {}), f"{path}: its config", own_overrides)
     model = FastFlow.blank(config)
     fill_model(model, config, checkpoint, path)
     model.eval()

@@ -184,13 +184,16 @@ class Training:
             raise not_ours(path, error) from error
         _warn_of_changes(trained, self.config, path)
 
-    def epoch(self, features: FeatureCache, log: Callable[[str], None]) -> float:
+    def epoch(
+        self, features: FeatureCache, log: Callable[[str], None], step_done: Callable[[], object] = lambda: None
+    ) -> float:
         """Go once over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
 
         Args:
             features: of the training pictures.
             log: takes the published log line, every `config.log_interval` iterations and at the first and the last
                 one, and at the end a line about steps that were left out, if any were.
+            step_done: is called after each iteration.
 
         Returns:
             the mean of the iterations' losses, as published: a smaller last batch counts like the others.
@@ -218,6 +221,7 @@ class Training:
             self.average.update()
             total += loss
             times.step_done(len(indices))
+            step_done()
             if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):
                 log(
                     f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - loss = "
