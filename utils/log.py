@@ -5,12 +5,16 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.common.cli import UserError
 
+if TYPE_CHECKING:
+    from tqdm import tqdm  # scripts import it where they can say that it is missing
+
 # How the parts of a line begin that a narrow terminal can do without, which train.log has; the first of them first. An
 # epoch's AUROCs are in the line before.
-DISPENSABLE = ("avg_", "lr:", "pixel auroc:", "image auroc:", "held-out loss")
+DISPENSABLE = ("avg_", "lr:", ("pixel auroc:", "image auroc:"), "held-out loss")
 
 
 def make_logger(path: Path, silent: bool) -> logging.Logger:
@@ -59,6 +63,20 @@ def fitted(line: str) -> str:
             lines.append("")
         lines[-1] = longer
     return "\n".join(lines)
+
+
+def time_bar(done: int, total: int, at_most: bool) -> "tqdm":
+    """A bar on the terminal that shows the time that passed and the time that is left, by the mean of the steps so far.
+
+    Args:
+        done: steps that an earlier process has done.
+        total: steps in all.
+        at_most: the end may come earlier.
+    """
+    from tqdm import tqdm
+
+    form = f"{{desc}} {{bar}} {{elapsed}}, {'at most ' * at_most}{{remaining}} left"
+    return tqdm(total=total, initial=done, bar_format=form, smoothing=0, dynamic_ncols=True, leave=False, disable=None)
 
 
 class _Fitted(logging.Formatter):
