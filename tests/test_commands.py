@@ -1,6 +1,7 @@
 """The commands end to end, as processes, on a tiny model and the committed pictures."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -26,6 +28,7 @@ from deploy.common.cli import UserError
 from deploy.common.imaging import decision_line, preprocess, read_rgb
 from tests import forked
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.results import UNSTATED
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -243,17 +246,20 @@ def test_training_all_is_for_another_command(empty):
 
 
 @pytest.mark.parametrize(
-    ("options", "line"),
+    ("changes", "line"),
     [
-        ([], "stops 30 epochs after the best; press Ctrl-C and go on with --resume"),
-        (["-o", "patience=5"], "stops 5 epochs after the best; press Ctrl-C and go on with --resume"),
-        (["-o", "selection=last"], "trains all 1 epochs; press Ctrl-C and go on with --resume"),
-        (["--test_epochs", "-1"], "never evaluated (-1): best.pdparams is the last epoch, and all epochs are trained"),
+        ({}, "stops 30 epochs after the best; press Ctrl-C and go on with --resume"),
+        ({"patience": 5}, "stops 5 epochs after the best; press Ctrl-C and go on with --resume"),
+        ({"selection": "last", "epochs": 40}, "trains all 40 epochs; press Ctrl-C and go on with --resume"),
+        ({"eval_interval": -1}, "never evaluated (-1): best.pdparams is the last epoch, and all epochs are trained"),
     ],
 )
-def test_the_first_lines_say_when_it_stops(empty, options, line):
-    lines = empty.train("exp", "--epochs", 1, "--batch_size", 24, *options).stdout.splitlines()
-    assert f"bottle  {line}" in lines[:6]
+def test_the_first_lines_say_when_it_stops(config, changes, line):
+    model = SimpleNamespace(trainable_parameters=lambda: 1000)
+    said = []
+    training = SimpleNamespace(config=dataclasses.replace(config, **changes), backbone=UNSTATED, model=model)
+    train.introduce(training, said.append)
+    assert said[-1] == line
 
 
 def interrupted(place, *options, at_rename, draws=True):
@@ -368,12 +374,12 @@ def test_training_again_puts_the_earlier_one_aside(workplace):
 
 def test_a_best_checkpoint_alone_is_a_training_too(workplace):
     """A published one, for example, which --resume cannot go on from."""
-    for exp_dir, options in (("alone", ()), ("alone_resumed", ("--resume",))):
-        best = workplace.copy_checkpoint(exp_dir)
-        content = best.read_bytes()
-        done = workplace.train(exp_dir, "--epochs", 1, "--batch_size", 24, *options)
-        assert f"is kept in results/{exp_dir}/bottle.old" in done.stdout
-        assert [path.read_bytes() for path in best.parent.with_name("bottle.old").iterdir()] == [content]
+    best = workplace.copy_checkpoint("alone")
+    content = best.read_bytes()
+    done = workplace.train("alone", "--epochs", 1, "--batch_size", 24, "--resume")
+    assert "bottle  the training that was here is kept in results/alone/bottle.old\n" in done.stdout
+    assert "no results/alone/bottle/last.pdparams to go on from: starting at epoch 1" in done.stdout
+    assert [path.read_bytes() for path in best.parent.with_name("bottle.old").iterdir()] == [content]
 
 
 def test_an_earlier_training_that_cannot_be_put_aside_is_one_line(workplace, monkeypatch):
