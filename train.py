@@ -216,7 +216,7 @@ def saying_how_to_go_on(training: "Training", folder: Path, resumed: bool) -> It
                 draw_curves(folder / "curves.png", training.history, folder.name)
         command = command_again(done)
         if distributed.processes() > 1:
-            command = f"the same command{' with --resume' * done} on each machine"
+            command = "the same command and --resume" if done else "the same command"  # of the launcher, unknown here
         state = f"the epochs so far are in {folder}; go on with" if done else "no epoch is done yet; start again with"
         raise KeyboardInterrupt(state, command) from interrupt
 

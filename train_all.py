@@ -311,7 +311,8 @@ class Trainings:
                     output.write(line)
                 if line.strip():
                     last = line.strip()
-                    self._board.printed(name, line.rstrip())
+                    if not self._stopped:  # then it says how that one training goes on
+                        self._board.printed(name, line.rstrip())
         if process.returncode < 0:
             return f"ended by {signal.Signals(-process.returncode).name} after: {last}"
         if process.returncode:
