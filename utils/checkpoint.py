@@ -7,6 +7,7 @@ pictures that training did not see), `average` (with a moving average of the wei
 `model_state_dict` holds: the parameters that training goes on from) and `loss_scale` (in float16 training).
 """
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,9 +178,14 @@ def load_model(
         UserError: no such file, damaged, of another architecture, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
+    largest = math.inf
     if own_overrides is not None:
         config = updated(config, checkpoint.get("config", {}), f"{path}: its config", own_overrides)
-    model = FastFlow.blank(config)
+        largest = path.stat().st_size / 4  # of float32: a stranger's settings may ask for more than the memory holds
+    try:
+        model = FastFlow.blank(config, largest)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     fill_model(model, config, checkpoint, path)
     model.eval()
     return model, checkpoint
