@@ -174,7 +174,7 @@ class Training:
             self.average.resume(checkpoint.get("average"), str(path))
         if self.scale and "loss_scale" in checkpoint:
             self.scale.resume(checkpoint["loss_scale"], str(path))
-        self.history = history_of(checkpoint, path)
+        history = history_of(checkpoint, path)
         try:
             self.backbone = checkpoint.get("backbone")
             if not self.backbone:
@@ -182,6 +182,7 @@ class Training:
             self.optimizer.set_state_dict(_optimizer_state(self.model, checkpoint["optimizer_state_dict"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise not_ours(path, error) from error
+        self.history = history
         _warn_of_changes(trained, self.config, path)
 
     def epoch(
