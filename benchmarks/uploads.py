@@ -146,7 +146,7 @@ def dearest(limits: Limits) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 def cost(content: bytes, limits: Limits) -> tuple[str, float, float]:
     """What a decoder says of the file, the seconds of CPU time and the megabytes that its process has taken by then."""
-    request = {"bytes": len(content), "input_size": [8, 8], "mean": [0, 0, 0], "std": [1, 1, 1]}
+    request = {"bytes": len(content), "input_size": [8, 8], "mean": [0, 0, 0], "std": [1, 1, 1], "white_level": None}
     with subprocess.Popen(command(limits), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as decoder:
         decoder.stdin.write(json.dumps(request).encode() + b"\n" + content)
         decoder.stdin.flush()

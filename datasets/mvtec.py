@@ -61,6 +61,11 @@ class Category:
     test_folders: list[layout.Folder]
     ground_truth: Path | None  # the folder with the masks
 
+    @property
+    def folder(self) -> Path:
+        """Of the category."""
+        return self.good_folders[0].path.parent.parent
+
     def name_of(self, picture: Path) -> str:
         """What a picture of `train` is called in checkpoints: its path from the folder of good pictures on."""
         first = self.good_folders[0].path

@@ -99,7 +99,7 @@ def main() -> int:
 
     import numpy as np
 
-    read = PictureReader(description["white_level"])
+    read_picture = PictureReader(description["white_level"])
     blank = np.zeros((max(sizes), 3, height, width), np.float32)
     for _ in range(args.warmup):
         for size in sizes:
@@ -113,7 +113,7 @@ def main() -> int:
             for path in paths[start : start + args.batch_size]:
                 results[path] = {"path": str(path)}
                 try:
-                    picture = read(path)
+                    picture = read_picture(path)
                 except UserError as error:
                     report_error(error)  # the other pictures still count
                     results[path]["error"] = str(error)

@@ -34,7 +34,7 @@ from tests.serving import MB, PREDICT, Process, picture_file
 from tests.test_serve import brightness_model, post, served
 
 SOON = 20  # seconds; far beyond what anything here takes
-DESCRIPTION = {"input_size": [16, 8], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+DESCRIPTION = {"input_size": [16, 8], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "white_level": None}
 # Decodes for seconds: what the default limits refuse, and these do not.
 SLOW = bmp_of_runs(4700, 4700, b"\1\0\0\0" * 4700)
 PATIENT = Limits(pixels=400_000_000, decode_seconds=60)

@@ -456,7 +456,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
     assert done.stdout.splitlines()[-2] == "bottle           pixel auroc:n/a   image auroc:n/a"
     assert workplace.thresholds("untested")["figures"]["image_f1"] is None
     assert workplace.result("untested")["images"] == 0
-    assert not done.stderr
+    assert done.stderr == "warning: bottle: has no test pictures, so there is no AUROC\n"
     done = workplace.evaluate("untested", "--data", tmp_path)
     (line,) = done.stderr.splitlines()
     assert "--threshold_rule quantile" in line

@@ -42,6 +42,7 @@ def served(run=brightness_model, places=64, **description):
         "input_size": [16, 8],
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
+        "white_level": None,
         "image_threshold": 0.5,
         "pixel_threshold": 0.6,
         **description,
