@@ -137,7 +137,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         "backbone": checkpoint.get("backbone") or UNSTATED,
         "images": len(category.test),
         "anomalous_images": int(truth.labels.sum()),
-        "images_with_mask": sum(image.mask is not None for image in category.test),
+        "images_with_mask": sum(bool(image.masks) for image in category.test),
         "decisions": {"rule": thresholds.rule, "image": thresholds.image, "pixel": thresholds.pixel, **decisions},
     }
 

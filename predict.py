@@ -6,12 +6,12 @@ from pathlib import Path
 
 from deploy.common.cli import UserError, add_pictures, report_error, run_main
 from deploy.common.imaging import (
+    PictureReader,
     decision_line,
     draw_result,
     drawing_paths,
     list_images,
     preprocess,
-    read_rgb,
     write_picture,
 )
 from utils.options import add_category, common_parser, prepare
@@ -33,18 +33,19 @@ def main() -> int:
 
     import paddle
 
-    from utils.checkpoint import load_model
+    from utils.checkpoint import load_model, white_level_of
 
     folder = category_folder(args.exp_dir, args.category)
-    model, _ = load_model(config, folder / "best.pdparams")
+    model, checkpoint = load_model(config, folder / "best.pdparams")
     thresholds = choose_thresholds(args, folder / "best.pdparams")
+    read = PictureReader(white_level_of(checkpoint, config))
     single = Path(args.image_path).is_file()
     output = folder if single else folder / "predictions"
     drawings = drawing_paths(images, output)
     done = 0
     for path in images:
         try:
-            picture = read_rgb(path)
+            picture = read(path)
             batch = preprocess(picture, *config.size)
             with paddle.no_grad():
                 _, smoothed, score = model(paddle.to_tensor(batch))

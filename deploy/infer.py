@@ -60,6 +60,7 @@ def main() -> int:
         args.batch_size = args.max_batch_size
     from deploy.common.imaging import (
         PUBLISHED_RULE,
+        PictureReader,
         decision_line,
         describe_thresholds,
         draw_result,
@@ -68,7 +69,6 @@ def main() -> int:
         label,
         list_images,
         preprocess,
-        read_rgb,
         write_picture,
     )
 
@@ -99,6 +99,7 @@ def main() -> int:
 
     import numpy as np
 
+    read = PictureReader(description["white_level"])
     blank = np.zeros((max(sizes), 3, height, width), np.float32)
     for _ in range(args.warmup):
         for size in sizes:
@@ -112,7 +113,7 @@ def main() -> int:
             for path in paths[start : start + args.batch_size]:
                 results[path] = {"path": str(path)}
                 try:
-                    picture = read_rgb(path)
+                    picture = read(path)
                 except UserError as error:
                     report_error(error)  # the other pictures still count
                     results[path]["error"] = str(error)
@@ -172,6 +173,10 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         for key, rule in (("image_threshold", "threshold_rule"), ("pixel_threshold", "pixel_threshold_rule")):
             description[key] = float(description[key])
             description[rule] = printable(str(description.get(rule, "not stated")))
+        white_level = description.get("white_level")  # exports before it had none
+        description["white_level"] = white_level and int(white_level)
+        if description["white_level"] is not None and not 1 <= description["white_level"] <= 65535:
+            raise ValueError("white_level must be from 1 to 65535")
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]

@@ -144,6 +144,11 @@ def epoch_of(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["epoch"]) + ("history" not in checkpoint)
 
 
+def white_level_of(checkpoint: dict[str, Any], config: Config) -> int | None:
+    """The value of white in 16-bit pictures for this checkpoint: the config's, else that of its training."""
+    return config.white_level or checkpoint.get("config", {}).get("white_level")
+
+
 def selection_of(checkpoint: dict[str, Any], is_last: bool) -> str:
     """How a checkpoint was chosen among the epochs, a key of `utils.results.SELECTIONS`.
 

@@ -1,6 +1,6 @@
 """Scores of a test set and the figures made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +103,7 @@ class Evaluation:
         truth: GroundTruth,
         held_out: Sequence[Path],
         budget: CacheBudget,
+        read: Callable[[Path], np.ndarray],
     ) -> None:
         """
         Args:
@@ -111,11 +112,12 @@ class Evaluation:
             truth: of the test pictures.
             held_out: good pictures that the training does not see, none perhaps.
             budget: for the features.
+            read: gives a picture, (h, w, 3) uint8 RGB.
         """
         self._training, self._truth = training, truth
         extractor, size = training.model.feature_extractor, training.config.size
-        self._test = FeatureCache(extractor, test, size, budget, "test pictures")
-        self._held_out = FeatureCache(extractor, held_out, size, budget, "held-out pictures")
+        self._test = FeatureCache(extractor, test, size, budget, "test pictures", read)
+        self._held_out = FeatureCache(extractor, held_out, size, budget, "held-out pictures", read)
 
     @property
     def place(self) -> str:

@@ -136,10 +136,10 @@ def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: P
             f"{path}: the threshold rule quantile needs good pictures that training did not use, and this one held "
             "none out; train with -cfg configs/resnet18_stable.yaml or -o holdout=0.1, or take another rule"
         )
-    present = {picture.name: picture for picture in category.train}
+    present = {category.name_of(picture): picture for picture in category.train}
     missing = [name for name in names if name not in present]
     if missing:
-        folder = category.train[0].parent
+        folder = category.good_folders[0].path
         raise UserError(
             f"{folder / missing[0]}: no such picture, but {path} holds it out ({len(missing)} of {len(names)} are "
             "missing); give --data as in its training, or train again"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from datasets.mvtec import read_batches
 from deploy.common.cli import UserError, warn
 from deploy.common.files import regular_file, sha256, write_whole
-from deploy.common.imaging import normalise
+from deploy.common.imaging import PictureReader, normalise
 from models.backbone import Backbone, find_backbone
 from models.offline_start import calibrated_start
 from utils.config import Config
@@ -79,7 +79,7 @@ def load_backbone(
         except UserError as error:
             warn(str(error))
     chosen = training_images[:: max(1, len(training_images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.size))
+    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.size, PictureReader(config.white_level)))
     calibrated_start(backbone, normalise(pictures), config.seed)
     print(OFFLINE_WARNING, file=sys.stderr, flush=True)
     return {"source": OFFLINE, "file": None, "sha256": None}

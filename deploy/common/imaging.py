@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from deploy.common.bombs import Bomb, check_size, check_structure
-from deploy.common.cli import UserError, escaped
+from deploy.common.cli import UserError, escaped, warn
 from deploy.common.files import regular_file, write_whole
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -22,6 +22,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that
 # Of ImageNet, RGB, for pictures in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+FULL_WHITE = 65535  # of 16-bit pictures where nobody says otherwise
 PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
 PUBLISHED_RULE = "published"  # which says so
 
@@ -85,10 +86,72 @@ def is_image(path: Path) -> bool:
 
 
 def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
-    """Decode a picture of any mode to (H, W, 3) uint8 RGB.
+    """Decode a picture of any mode to (H, W, 3) uint8 RGB, of 16 bit with 65535 as white; see `decode`.
 
-    Grey becomes three equal channels, a palette its colours, 16 bit is scaled to 8, alpha is dropped. What EXIF says
-    of its orientation is followed.
+    Raises:
+        UserError: as `decode`.
+    """
+    return to_rgb(decode(path, content, max_pixels), FULL_WHITE)
+
+
+class PictureReader:
+    """Reads the pictures of one model: those of 16 bit with the white that its training pictures had.
+
+    Other pictures may be brighter; then it warns, once.
+    """
+
+    def __init__(self, white_level: int | None) -> None:
+        """`white_level`: the value of white, up to 65535; None: the model has learnt from pictures of 8 bit."""
+        self._white = white_level
+        self._warned = False
+
+    def __call__(self, path: Path) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: as `decode`.
+        """
+        array = decode(path)
+        if not self._warned and (odd := odd_white(array, self._white)):
+            self._warned = True
+            warn(f"{path}: {odd}; later ones like it are not named")
+        return to_rgb(array, self._white or FULL_WHITE)
+
+
+def odd_white(array: np.ndarray, white_level: int | None) -> str | None:
+    """What is wrong with a decoded picture for a model of this white level; None: nothing."""
+    if array.dtype != np.uint16:
+        return None
+    if white_level is None:
+        return f"is of 16 bit, those of the training were of 8; {FULL_WHITE} is taken for white (see white_level)"
+    highest = int(array.max())
+    if highest > white_level:
+        return f"has values up to {highest}; all above white_level {white_level} is white"
+    return None
+
+
+def to_rgb(array: np.ndarray, white_level: int) -> np.ndarray:
+    """What `decode` gives -> (H, W, 3) uint8 RGB; 16-bit values v become 255 v / white_level, rounded, at most 255."""
+    if array.dtype == np.uint16:
+        array = cv2.convertScaleAbs(array, alpha=255 / white_level)  # in one pass, without copies in other types
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    return array
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    return read_rgb(path).max(axis=2)
+
+
+def decode(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
+    """Decode a picture of any mode to (H, W, 3) uint8, or where it has 16 bit to (H, W) or (H, W, 3) uint16.
+
+    A palette becomes its colours, alpha is dropped. What EXIF says of its orientation is followed.
 
     Args:
         path: the file; errors name it.
@@ -99,30 +162,13 @@ def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = ma
         UserError: missing, truncated, not a picture, more pixels than `max_pixels` or than Pillow takes for a
             decompression bomb, or a bomb of another kind (see `deploy.common.bombs`).
     """
-    array = _decode(path, content, max_pixels)
-    if array.dtype == np.uint16:
-        array = cv2.convertScaleAbs(array, alpha=1 / 257)  # rounds; in one pass, without copies in other types
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
-    return array
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
-
-    Raises:
-        UserError: as `read_rgb`.
-    """
-    return read_rgb(path).max(axis=2)
-
-
-def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarray:
-    """(H, W, 3) uint8, or (H, W) uint16."""
     try:
         with contextlib.nullcontext(content) if content else regular_file(path).open("rb") as file:
             check_structure(file, max_pixels)
         with Image.open(content or path, formats=FORMATS) as image:  # by its name, so that bitmaps are mapped
             check_size(image, max_pixels)
+            if not image.mode.startswith("I") and ";16" in str(image.tile[:1]):
+                return _decode_deep_colour(path, content, image)
             ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
             if not image.mode.startswith("I"):
                 if image.mode == "F":
@@ -140,6 +186,22 @@ def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarr
     if array.min() < 0 or array.max() > 65535:
         raise UserError(f"{path}: has pixels beyond 16 bit; save it with 8 or 16 bit")
     return array.astype(np.uint16, copy=False)
+
+
+def _decode_deep_colour(path: Path, content: BinaryIO | None, image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint16 RGB of a file with 16 bit a colour, opened as `image`; Pillow would drop the lower 8 of them."""
+    image.load()  # fails where the file is damaged; OpenCV would fill the rest with something
+    if content:
+        content.seek(0)
+    data = content.read() if content else path.read_bytes()
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # as stored: BGR(A), not turned
+    if array is None or array.dtype != np.uint16 or array.ndim != 3:
+        raise ValueError("16 bit a colour, in a form that OpenCV does not read; save it as PNG")
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turn in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    array = array[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
+    return np.ascontiguousarray(array[..., 2::-1])
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.common.cli import UserError
+from deploy.common.cli import UserError, warn
 from deploy.service.uploads import Limits
 
 GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs 0.1 s of CPU time
@@ -36,6 +36,7 @@ class Decoders:
         self._seconds = limits.decode_seconds
         self._turns = asyncio.Semaphore(count)
         self._idle: list[Process] = []
+        self._warned: set[int | None] = set()  # white levels that pictures did not keep to
 
     async def start(self) -> None:
         """Have one process ready, so that the first picture need not wait for its start."""
@@ -75,9 +76,13 @@ class Decoders:
                     work.cancel()
                     with contextlib.suppress(ProcessLookupError):
                         decoder.kill()
-        if isinstance(answer, str):
-            raise UserError(answer)
-        return answer
+        said, array = answer
+        if "error" in said:
+            raise UserError(said["error"])
+        if "odd" in said and description["white_level"] not in self._warned:
+            self._warned.add(description["white_level"])
+            warn(f"a picture sent to {description['category']} {said['odd']}; later ones like it are not named")
+        return array
 
     async def _free(self) -> Process:
         while self._idle:
@@ -93,21 +98,21 @@ def command(limits: Limits) -> list[str]:
     return [sys.executable, str(script), *map(str, (limits.pixels, limits.decode_seconds, limits.decoder_bytes))]
 
 
-async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> np.ndarray | str:
-    """What the process makes of a picture file: (3, H, W) float32, or what is wrong with the file.
+async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> tuple[dict[str, str], np.ndarray]:
+    """What the process says of a picture file and makes of it, (3, H, W) float32, empty with an error.
 
     Raises:
         EOFError, OSError: it has ended.
     """
-    request = {key: description[key] for key in ("input_size", "mean", "std")} | {"bytes": len(content)}
+    request = {key: description[key] for key in ("input_size", "mean", "std", "white_level")} | {"bytes": len(content)}
     decoder.stdin.writelines([json.dumps(request).encode(), b"\n", content])
     await decoder.stdin.drain()
     line = await decoder.stdout.readline()
     if not line:
         raise EOFError
-    answer = json.loads(line)
-    if "error" in answer:
-        return answer["error"]
+    said = json.loads(line)
+    if "error" in said:
+        return said, np.empty(0)
     height, width = description["input_size"]
     data = await decoder.stdout.readexactly(3 * height * width * 4)
-    return np.frombuffer(data, np.float32).reshape(3, height, width)
+    return said, np.frombuffer(data, np.float32).reshape(3, height, width)
