@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from datasets import layout
 from deploy.common.cli import UserError, report_error
-from deploy.common.imaging import FORMATS, is_image, read_rgb
+from deploy.common.imaging import FORMATS, decode
 
 GOOD = "good"  # folder of pictures without a defect
 COMBINED = "combined"  # MVTec AD's folder of pictures with several kinds of defects
-NO_DEFECT = ("good", "ok", "normal", "_background_", "__ignore__")  # labels; the last two are LabelMe's own
+NO_DEFECT = ("_background_", "__ignore__")  # labels of LabelMe's own
 LINE_WIDTH, POINT_RADIUS = 10, 5  # pixels, as LabelMe's own export draws them
 FIXED = 4  # binary places of the coordinates that OpenCV is given
 FARTHEST = 1e6  # pixels; OpenCV's coordinates end at 2^27
@@ -98,18 +99,11 @@ def measure(path: Path) -> Frame:
         with Image.open(path, formats=FORMATS) as image:
             orientation, stored = image.getexif().get(ExifTags.Base.Orientation, 1), image.size[::-1]
     except Exception:
-        orientation, stored = 1, read_rgb(path).shape[:2]  # which says what is wrong
+        orientation, stored = 1, decode(path).shape[:2]  # which says what is wrong
     if orientation not in range(2, 9):
         return Frame(stored, stored, 1)
-    shown = read_rgb(path).shape[:2]
+    shown = decode(path).shape[:2]
     return Frame(shown[::-1] if orientation >= 5 else shown, shown, orientation)
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files in the folder and its subfolders, sorted, without hidden ones and what is behind links to folders."""
-    for top, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (Path(top, name) for name in sorted(names) if not name.startswith("."))
 
 
 def each(things: Iterable[S], work: Callable[[S], T], doing: str) -> list[T]:
@@ -143,24 +137,32 @@ def read_labelme(src: Path) -> tuple[list[Item], list[str]]:
     Raises:
         UserError: no LabelMe file, one is damaged, names a picture that is not there or leads out of `src`.
     """
-    files = list(files_below(src))
-    pictures = [path for path in files if is_image(path)]
-    candidates = [path for path in files if path.suffix.lower() == ".json"]
-    contents = dict(zip(candidates, each(candidates, _load, "reading"), strict=True))
+    pictures, contents = _look(src)
     found = {path: content for path, content in contents.items() if isinstance(content.get("shapes"), list)}
     if not found:
         raise UserError(f"{src}: nothing of labelme in it (looked for .json files with `shapes`, as LabelMe writes)")
+    by_name = _by_name(pictures)
     beside = defaultdict(list)
     for path in pictures:
         beside[path.with_suffix("")].append(path)
-    owners = each(found, lambda path: _picture_of(path, found[path], src, beside), "reading")
+
+    def owner(path: Path) -> Path:
+        named = str(found[path].get("imagePath"))
+        same = beside.get(path.with_suffix(""), [])
+        same = [picture for picture in same if len(same) == 1 or named.endswith(picture.name)]
+        picture = same[0] if len(same) == 1 else _picture_named(path, named, src, by_name)
+        if picture is None:
+            raise UserError(f"{path}: its picture is missing (neither one of its name nor {named} is there)")
+        return picture
+
+    owners = each(found, owner, "reading")
     shapes = defaultdict(list)
     for (path, content), picture in zip(found.items(), owners, strict=True):
         size = _size(path, content.get("imageHeight"), content.get("imageWidth"))
         for shape in content["shapes"]:
             label = shape.get("label") if isinstance(shape, dict) else None
             shapes[picture].append((label, path, size, partial(_draw_labelme, shape)))
-    notes = [f"{path}: is none of LabelMe's files; left out" for path in candidates if path not in found]
+    notes = [f"{path}: is none of LabelMe's files; left out" for path in contents if path not in found]
     unlabelled = len(pictures) - len(set(owners))
     if unlabelled:
         notes.append(f"{unlabelled} of {len(pictures)} pictures have no LabelMe file: taken as good")
@@ -175,10 +177,7 @@ def read_coco(src: Path) -> tuple[list[Item], list[str]]:
     Raises:
         UserError: no such file, one is damaged, names no picture that is there or leads out of `src`.
     """
-    files = list(files_below(src))
-    pictures = [path for path in files if is_image(path)]
-    candidates = [path for path in files if path.suffix.lower() == ".json"]
-    contents = dict(zip(candidates, each(candidates, _load, "reading"), strict=True))
+    pictures, contents = _look(src)
     parts = ("images", "annotations", "categories")
     found = {
         path: content
@@ -189,13 +188,11 @@ def read_coco(src: Path) -> tuple[list[Item], list[str]]:
     }
     if not found:
         raise UserError(f"{src}: nothing of coco in it (looked for a .json file with {', '.join(parts)})")
-    by_name = defaultdict(list)
-    for path in pictures:
-        by_name[path.name].append(path)
+    by_name = _by_name(pictures)
     shapes, notes = defaultdict(list), []
     for path, content in found.items():
         missing = _add_coco(path, content, src, by_name, shapes)
-        if missing == len(content["images"]):
+        if content["images"] and missing == len(content["images"]):
             raise UserError(f"{path}: none of the {missing} pictures that it names is in {src}")
         if missing:
             notes.append(f"{path}: {missing} of the {len(content['images'])} pictures that it names are not there")
@@ -203,6 +200,13 @@ def read_coco(src: Path) -> tuple[list[Item], list[str]]:
     if unlisted:
         notes.append(f"{unlisted} of {len(pictures)} pictures are in no .json file: taken as good")
     return _items(pictures, shapes, notes), notes
+
+
+def _look(src: Path) -> tuple[list[Path], dict[Path, dict]]:
+    """The pictures below `src`, and the JSON files with the object in each."""
+    pictures, others = layout.files_below(src)
+    files = [path for path in others if path.suffix.lower() == ".json"]
+    return pictures, dict(zip(files, each(files, _load, "reading"), strict=True))
 
 
 def _load(path: Path) -> dict:
@@ -236,37 +240,35 @@ def _size(path: Path, height: object, width: object) -> Size | None:
         raise UserError(f"{path}: a picture's height and width must be numbers ({error})") from error
 
 
-def _picture_of(path: Path, content: dict, src: Path, beside: dict[Path, list[Path]]) -> Path:
-    """The picture of a LabelMe file: the one of its name beside it, else the one that it names."""
-    named = str(content.get("imagePath", ""))
-    same = beside.get(path.with_suffix(""), [])
-    same = [picture for picture in same if len(same) == 1 or named.endswith(picture.name)]
-    if len(same) == 1:
-        return same[0]
-    picture = inside(path, named, path.parent, src)
-    if picture not in beside.get(picture.with_suffix(""), []):
-        raise UserError(f"{path}: its picture is missing (neither {named} nor one of the file's own name is there)")
-    return picture
+def _by_name(pictures: Iterable[Path]) -> dict[str, list[Path]]:
+    found = defaultdict(list)
+    for path in pictures:
+        found[path.name].append(path)
+    return found
+
+
+def _picture_named(path: Path, name: object, src: Path, by_name: dict[str, list[Path]]) -> Path | None:
+    """The picture that a JSON file names: there, or, as folders are left out or moved, the only one of that name."""
+    place = inside(path, name, path.parent, src)
+    same = by_name.get(place.name, [])
+    same = [p for p in same if p == place] or [p for p in same if p.parent.name == place.parent.name] or same
+    if len(same) > 1:
+        raise UserError(f"{path}: {place.name} may be {same[0]} or {same[1]}; write the folder's name before it")
+    return same[0] if same else None
 
 
 def _add_coco(path: Path, content: dict, src: Path, by_name: dict[str, list[Path]], shapes: dict[Path, list]) -> int:
     """Add the shapes of one file to those of each picture; how many pictures that it names are not there."""
     images, missing = {}, 0
-    labels = {category.get("id"): category.get("name") for category in content["categories"]}
+    labels = {str(category.get("id")): category.get("name") for category in content["categories"]}
     for image in content["images"]:
-        place = inside(path, image.get("file_name", ""), path.parent, src)
-        same = by_name.get(place.name, [])
-        # The folder may be left out, or one of the machine where it was made.
-        same = [p for p in same if p == place] or [p for p in same if p.parent.name == place.parent.name] or same
-        if len(same) > 1:
-            raise UserError(f"{path}: {place.name} may be {same[0]} or {same[1]}; write the folder into file_name")
-        images[image.get("id")] = None
-        if same:
-            images[image.get("id")] = same[0], _size(path, image.get("height"), image.get("width"))
-            shapes.setdefault(same[0], [])  # known, even if nothing is drawn on it
-        missing += not same
+        picture = _picture_named(path, image.get("file_name"), src, by_name)
+        images[str(image.get("id"))] = picture and (picture, _size(path, image.get("height"), image.get("width")))
+        if picture:
+            shapes.setdefault(picture, [])  # known, even if nothing is drawn on it
+        missing += picture is None
     for annotation in content["annotations"]:
-        where, what = annotation.get("image_id"), annotation.get("category_id")
+        where, what = (str(annotation.get(key)) for key in ("image_id", "category_id"))
         if where not in images or what not in labels:
             raise UserError(
                 f"{path}: annotation {annotation.get('id')} is of image {where}, category {what}: not listed"
@@ -282,17 +284,18 @@ def _items(
 ) -> list[Item]:
     """A picture with what is drawn on it: its label, the file that says so, the size there, how to draw it."""
     items, ignored, several = [], defaultdict(int), 0
+    folders: dict[str, str] = {}  # names that `layout` takes for one are one
     for picture in pictures:
         drawn = []
-        for shape in shapes.get(picture, []):
-            folder = folder_name(shape[0])
-            if folder.lower() in NO_DEFECT:
-                ignored[folder] += 1
+        for label, *shape in shapes.get(picture, []):
+            name = folder_name(label)
+            if layout.is_good(name) or name in NO_DEFECT:
+                ignored[name] += 1
             else:
-                drawn.append((folder, *shape[1:]))
-        folders = {folder for folder, *_ in drawn}
-        several += len(folders) > 1
-        defect = GOOD if not folders else folders.pop() if len(folders) == 1 else COMBINED
+                drawn.append((folders.setdefault(layout.plain(name), name), *shape))
+        kinds = {name for name, *_ in drawn}
+        several += len(kinds) > 1
+        defect = GOOD if not kinds else kinds.pop() if len(kinds) == 1 else COMBINED
         mask = partial(_draw_all, picture, [shape[1:] for shape in drawn]) if drawn else None
         items.append(Item(picture, defect, mask=mask, together=str(picture)))
     notes += [f"{count} shapes are labelled {label}: no defect" for label, count in sorted(ignored.items())]
@@ -302,8 +305,9 @@ def _items(
 
 
 def folder_name(label: object) -> str:
-    """A label as the name of a folder on any system."""
-    return re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", "" if label is None else str(label)).strip(". ") or "defect"
+    """A label as the name of a folder of pictures on any system."""
+    name = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]', "_", "" if label is None else str(label)).strip(". ") or "defect"
+    return f"{name} defect" if layout.plain(name) in layout.MASKS else name
 
 
 def _draw_all(picture: Path, shapes: list[tuple[Path, Size | None, Draw]], frame: Frame) -> np.ndarray:

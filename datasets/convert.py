@@ -17,20 +17,22 @@ import itertools
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from datasets.annotations import GOOD, Frame, Item, each, files_below, inside, measure, read_coco, read_labelme
-from datasets.check import check_category
+from datasets import layout
+from datasets.annotations import GOOD, Frame, Item, each, inside, measure, read_coco, read_labelme
+from datasets.check import check
 from datasets.lite_data import write_png
+from datasets.mvtec import load_category
 from deploy.common import cli
 from deploy.common.cli import ArgumentParser, UserError, run_main, warn
 from deploy.common.files import hold_folder, make_folder
-from deploy.common.imaging import is_image, read_mask
+from deploy.common.imaging import decode, is_image
 
 TEST_SHARE = 0.2  # of the good pictures, where the set does not say which ones are to test on
 SEED = 0  # of that choice
@@ -200,7 +202,7 @@ def find(kind: str, src: Path) -> list[Category]:
         raise UserError(f"{src}: no such folder" + (" (unpack the archive)" if src.is_file() else ""))
     if kind in READERS:
         items, notes = READERS[kind](src)
-        return [Category(src.resolve().name or kind, src, items, notes)]
+        return [Category(_name(src), src, items, notes)]
     found = [(form, folder) for form in FORMS[kind] for folder in _folders(form, src)]
     if not found:
         wanted = " or ".join(" and ".join(form.needs) for form in FORMS[kind])
@@ -215,6 +217,10 @@ def find(kind: str, src: Path) -> list[Category]:
     return categories
 
 
+def _name(folder: Path) -> str:
+    return os.path.basename(os.path.abspath(folder))
+
+
 def _folders(form: Form, src: Path) -> list[Path]:
     """The folders of this form that are nearest to `src`."""
     for depth in range(DEPTH + 1):
@@ -227,13 +233,16 @@ def _folders(form: Form, src: Path) -> list[Path]:
 
 def _category(form: Form, folder: Path) -> Category:
     """What the rules of a form find in a folder."""
-    category = Category(form.category or folder.resolve().name, folder, [])
+    category = Category(form.category or _name(folder), folder, [])
     claimed: set[Path] = set()  # pictures and masks that a rule has taken
 
     @functools.cache
     def by_stem(place: Path) -> dict[str, list[Path]]:
-        files = sorted(filter(is_image, place.iterdir())) if place.is_dir() else []
-        return {stem: list(same) for stem, same in itertools.groupby(sorted(files, key=_stem), _stem)}
+        found = defaultdict(list)
+        for file in sorted(place.iterdir()) if place.is_dir() else []:
+            if is_image(file):
+                found[file.stem].append(file)
+        return found
 
     for rule in form.rules:
         pictures = [path for path in sorted(folder.glob(rule.pictures)) if is_image(path) and path not in claimed]
@@ -241,10 +250,8 @@ def _category(form: Form, folder: Path) -> Category:
         for path in pictures if rule.masks else []:
             names = {"folder": path.parent.name, "parent": path.parent.relative_to(folder), "stem": path.stem}
             place = folder / rule.masks.format(**names)
-            files = (
-                itertools.chain(*by_stem(place).values()) if place.is_dir() else by_stem(place.parent).get(place.name)
-            )
-            masks[path] = [file for file in files or [] if file != path]
+            files = [*itertools.chain(*by_stem(place).values())] or by_stem(place.parent).get(place.name, [])
+            masks[path] = [file for file in files if file != path]
         claimed.update(pictures, *masks.values())
         pictures = sorted(set(pictures).difference(*masks.values()))
         items = each(pictures, lambda path, r=rule, m=masks: _item(form, r, folder, path, m[path]), "looking")
@@ -257,15 +264,10 @@ def _category(form: Form, folder: Path) -> Category:
             category.notes.append(f"{len(items)} pictures of validation/good are taken to learn from")
     if form.splits:
         _read_splits(category, folder.parent / form.splits)
-    others = Counter(
-        file.parent.relative_to(folder) for file in files_below(folder) if is_image(file) and file not in claimed
-    )
-    category.notes += [f"{count} files in {place}: left out" for place, count in sorted(others.items())]
+    left = [file for file in layout.files_below(folder)[0] if file not in claimed]
+    others = Counter("/".join(file.parent.relative_to(folder).parts[:2]) for file in left)
+    category.notes += [f"{count} files in {place or folder}: left out" for place, count in sorted(others.items())]
     return category
-
-
-def _stem(path: Path) -> str:
-    return path.stem
 
 
 def _item(form: Form, rule: Rule, folder: Path, picture: Path, masks: list[Path]) -> Item:
@@ -279,7 +281,11 @@ def _item(form: Form, rule: Rule, folder: Path, picture: Path, masks: list[Path]
 
 def _read_masks(paths: Sequence[Path], _: Frame | None = None) -> np.ndarray:
     """(H, W) uint8, 255 where any of the files has a value (in lossy ones: of 128 and more)."""
-    masks = [np.uint8(read_mask(path) >= (128 if path.suffix.lower() in LOSSY else 1)) * 255 for path in paths]
+    masks = []
+    for path in paths:
+        values = decode(path)
+        values = values if values.ndim == 2 else values.max(axis=2)
+        masks.append(np.uint8(values >= (128 if path.suffix.lower() in LOSSY else 1)) * 255)
     for path, mask in zip(paths, masks, strict=True):
         if mask.shape != masks[0].shape:
             raise UserError(f"{path}: has another size than {paths[0]}, which is of the same picture")
@@ -362,8 +368,8 @@ def write(categories: Sequence[Category], dst: Path) -> None:
         for category in categories:
             _lay_out(category, aside / "new" / category.name)
         for category in categories:
-            done.append(dst / category.name)
             os.rename(aside / "new" / category.name, dst / category.name)
+            done.append(dst / category.name)
     except BaseException:
         for folder in done:
             shutil.rmtree(folder, ignore_errors=True)
@@ -462,7 +468,7 @@ def main() -> int:
     args = parser.parse_args()
     code = 0
     for category in convert(args.kind, args.src, args.dst, args.test_share):
-        report = check_category(args.dst, category.name)
+        report = check(load_category(args.dst, category.name))
         for line in [*category.notes, *report.lines()]:
             print(f"{category.name}  {line}")
         code = max(code, int(bool(report.errors)))
