@@ -225,7 +225,7 @@ def inside(path: Path, name: object, folder: Path, src: Path) -> Path:
         UserError: it leads out of `src`.
     """
     found = Path(os.path.normpath(folder / str(name).replace("\\", "/")))
-    if not found.is_relative_to(os.path.normpath(src)):
+    if not found.is_relative_to(src):
         raise UserError(f"{path}: names {name}, which is not in {src}")
     return found
 
@@ -318,7 +318,9 @@ def _draw_all(picture: Path, shapes: list[tuple[Path, Size | None, Draw]], frame
         if size not in (frame.shown, frame.stored):
             raise UserError(f"{path}: was made for {_text(size)} pixels, but {picture} has {_text(frame.shown)}")
         try:
-            draw(canvases.setdefault(size, np.zeros(size, np.uint8)))
+            if size not in canvases:
+                canvases[size] = np.zeros(size, np.uint8)
+            draw(canvases[size])
         except Exception as error:  # whatever may stand in such a file
             raise UserError(f"{path}: a shape on {picture.name} cannot be drawn ({error!r})") from error
     return np.maximum.reduce([frame.fit(canvas, picture) for canvas in canvases.values()])

@@ -30,7 +30,7 @@ from datasets.check import check
 from datasets.lite_data import write_png
 from datasets.mvtec import load_category
 from deploy.common import cli
-from deploy.common.cli import ArgumentParser, UserError, run_main, warn
+from deploy.common.cli import ArgumentParser, UserError, printable, run_main, warn
 from deploy.common.files import hold_folder, make_folder
 from deploy.common.imaging import decode, is_image
 
@@ -193,7 +193,7 @@ def find(kind: str, src: Path) -> list[Category]:
 
     Args:
         kind: one of FORMS or READERS.
-        src: its folder, or one at most DEPTH levels above its categories.
+        src: its folder, or one at most DEPTH levels above its categories; an absolute path.
 
     Raises:
         UserError: nothing of this kind is there, or what is there is damaged.
@@ -202,7 +202,7 @@ def find(kind: str, src: Path) -> list[Category]:
         raise UserError(f"{src}: no such folder" + (" (unpack the archive)" if src.is_file() else ""))
     if kind in READERS:
         items, notes = READERS[kind](src)
-        return [Category(_name(src), src, items, notes)]
+        return [Category(src.name, src, items, notes)]
     found = [(form, folder) for form in FORMS[kind] for folder in _folders(form, src)]
     if not found:
         wanted = " or ".join(" and ".join(form.needs) for form in FORMS[kind])
@@ -217,10 +217,6 @@ def find(kind: str, src: Path) -> list[Category]:
     return categories
 
 
-def _name(folder: Path) -> str:
-    return os.path.basename(os.path.abspath(folder))
-
-
 def _folders(form: Form, src: Path) -> list[Path]:
     """The folders of this form that are nearest to `src`."""
     for depth in range(DEPTH + 1):
@@ -233,7 +229,7 @@ def _folders(form: Form, src: Path) -> list[Path]:
 
 def _category(form: Form, folder: Path) -> Category:
     """What the rules of a form find in a folder."""
-    category = Category(form.category or _name(folder), folder, [])
+    category = Category(form.category or folder.name, folder, [])
     claimed: set[Path] = set()  # pictures and masks that a rule has taken
 
     @functools.cache
@@ -310,10 +306,14 @@ def _read_splits(category: Category, path: Path) -> None:
     wrong = set(sides.values()) - {"train", "test"}
     if wrong:
         raise UserError(f"{path}: split must be train or test, not {wrong.pop()!r}")
-    known = [item for item in category.items if Path(os.path.normpath(item.path)) in sides]
+    known = [item for item in category.items if item.path in sides]
+    if not known:
+        raise UserError(
+            f"{path}: names none of the pictures in {category.folder}; put the set's own there or remove it"
+        )
     if len(known) < len(category.items):
         category.notes.append(f"{len(category.items) - len(known)} pictures are not in {path}: left out")
-    category.items = [replace(item, side=sides[Path(os.path.normpath(item.path))]) for item in known]
+    category.items = [replace(item, side=sides[item.path]) for item in known]
 
 
 def choose(category: Category, share: float) -> Category:
@@ -332,7 +332,8 @@ def choose(category: Category, share: float) -> Category:
     if free:
         chosen = sum(item.together in to_test for item in free)
         notes.append(
-            f"what to test on is not said: {chosen} of {len(free)} good pictures, always the same ones (--test_share)"
+            f"the set does not say what to test on: {chosen} of {len(free)} good pictures are taken for it, always the "
+            "same ones (--test_share)"
         )
     masked = {item.defect for item in category.items if item.mask}
     items, to_learn = [], 0
@@ -401,7 +402,7 @@ def _lay_out(category: Category, target: Path) -> None:
     each(category.items, place, category.name)
     if ambiguous:
         category.notes.append(
-            f"{ambiguous} pictures with masks are turned by EXIF: masks are taken to be turned already"
+            f"{ambiguous} defect pictures are turned by EXIF without a change of size: masks are taken to be turned"
         )
 
 
@@ -421,7 +422,7 @@ def _stems(category: Category) -> dict[Item, str]:
         taken.add((item.side, item.defect, unique.lower()))
         stems[item] = unique
     if renamed:
-        category.notes.append(f"{renamed} pictures have the same name as others: their folders' names stand before it")
+        category.notes.append(f"equal names: {renamed} pictures have their folder's name before their own")
     return stems
 
 
@@ -441,7 +442,7 @@ def convert(kind: str, src: Path, dst: Path, test_share: float | None = None) ->
     Raises:
         UserError: as theirs, or `dst` lies in `src`.
     """
-    src = Path(os.path.normpath(src))
+    src = Path(os.path.abspath(src))  # what it is called and what stands beside it does not depend on where we are
     if dst.resolve().is_relative_to(src.resolve()):
         raise UserError(f"{dst}: lies in {src}, which stays as it is; choose another DST")
     found = find(kind, src)
@@ -455,7 +456,7 @@ def convert(kind: str, src: Path, dst: Path, test_share: float | None = None) ->
 def main() -> int:
     kinds = [*FORMS, *READERS]
     parser = ArgumentParser(
-        prog="datasets.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m datasets.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", metavar="KIND", choices=kinds, help=", ".join(kinds))
     parser.add_argument("src", metavar="SRC", type=Path, help="folder of the unpacked set, or of one of its categories")
@@ -470,7 +471,7 @@ def main() -> int:
     for category in convert(args.kind, args.src, args.dst, args.test_share):
         report = check(load_category(args.dst, category.name))
         for line in [*category.notes, *report.lines()]:
-            print(f"{category.name}  {line}")
+            print(f"{printable(category.name)}  {printable(line)}")
         code = max(code, int(bool(report.errors)))
     return code
 

@@ -145,6 +145,25 @@ def test_a_table_of_visa_that_leads_out_or_is_of_another_kind_is_refused(tmp_pat
     assert not (tmp_path / "data").exists()
 
 
+def test_paths_in_tables_and_json_are_relative_to_wherever_the_command_runs(tmp_path, monkeypatch):
+    top = make_visa(tmp_path / "VisA")
+    for folder, src in ((tmp_path, "VisA"), (top, "."), (top / "candle", "."), (top, "candle/../candle")):
+        monkeypatch.chdir(folder)
+        [category, *_] = convert("visa", Path(src), tmp_path / f"data{next(SERIAL)}")
+        assert category.name == "candle" and len(category.items) == 7
+        assert sum(item.side == "train" for item in category.items) == 4
+    some_good(tmp_path / "part")
+    monkeypatch.chdir(tmp_path / "part")
+    for names in (["../secret.png"], ["sub/../../secret.png"], ["/etc/secret.png"]):
+        write_coco(Path("all.json"), [{"id": 0, "file_name": name} for name in names], [])
+        with pytest.raises(UserError, match="not in"):
+            convert("coco", Path(), tmp_path / "never")
+    with (top / "split_csv/1cls.csv").open("w") as file:
+        file.write("image,split\ncandle/Data/Images/Normal/0000.png,train\n")
+    with pytest.raises(UserError, match="names none of the pictures"):
+        convert("visa", top, tmp_path / "never")
+
+
 def test_visa_as_its_own_script_lays_it_out(tmp_path):
     folder = tmp_path / "VisA_pytorch/1cls/candle"
     picture(folder / "train/good/0000.JPG")
@@ -787,7 +806,7 @@ def test_equal_names_are_made_unique(tmp_path):
     test = load_category(tmp_path / "data", "part").test
     masks = {image.path.name: image.masks[0].name for image in test if image.defect}
     assert masks == {name: f"{Path(name).stem}_mask.png" for name in names}
-    assert any(note.startswith("5 pictures have the same name") for note in category.notes)
+    assert any(note.startswith("equal names: 5 pictures") for note in category.notes)
 
 
 def test_no_good_picture_is_said(tmp_path):
