@@ -81,7 +81,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
     from utils.checkpoint import epoch_of, load_model, selection_of
-    from utils.evaluation import Scores, measure_all, score_images
+    from utils.evaluation import Scores, measure_all, measure_defects, score_images
     from utils.features import CacheBudget, FeatureCache
 
     # ---- everything is read and computed before anything is written
@@ -109,6 +109,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED_THRESHOLDS
     decisions = outcome(thresholds, scores, truth)
+    defects = measure_defects(scores, truth, [image.defect for image in category.test], thresholds.image)
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
@@ -139,6 +140,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         "anomalous_images": int(truth.labels.sum()),
         "images_with_mask": sum(image.mask is not None for image in category.test),
         "decisions": {"rule": thresholds.rule, "image": thresholds.image, "pixel": thresholds.pixel, **decisions},
+        "defects": defects,
     }
 
 

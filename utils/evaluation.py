@@ -161,3 +161,38 @@ def measure_all(scores: Scores, truth: GroundTruth) -> dict[str, float | None]:
         "pixel_f1_threshold": pixel_threshold,
         "aupro": overlap,
     }
+
+
+def measure_defects(
+    scores: Scores, truth: GroundTruth, defects: Sequence[str | None], threshold: float
+) -> dict[str, dict[str, float | int | None]]:
+    """Figures of each defect's folder, by its name: as if its pictures and the good ones were the whole test set.
+
+    Args:
+        scores: of the N pictures.
+        truth: of them.
+        defects: (N,) the defect's folder that a picture lies in, None for the good ones.
+        threshold: a picture is an anomaly above it.
+
+    Returns:
+        `image_auroc`, `pixel_auroc` and `aupro`, in [0, 1], or None as in `measure`; `defect_test_pictures`, how many
+        of the folder count as such, and `missed_defects`, how many of these are not above the threshold.
+    """
+    folders = np.array(defects, dtype=object)
+    good = np.array([defect is None for defect in defects], dtype=bool)
+    good_pixels = np.sort(scores.pixel[good], axis=None)  # once for all folders: no mask lies in them
+    rows = {}
+    for name in dict.fromkeys(folders[~good]):
+        of = folders == name
+        pixel = overlap = None
+        if truth.masks is not None:
+            pixel = auroc(scores.pixel[of], truth.masks[of], good_pixels)
+            overlap = aupro(scores.pixel[of], truth.masks[of], others=good_pixels)
+        rows[name] = {
+            "image_auroc": auroc(scores.image[of | good], truth.labels[of | good]),
+            "pixel_auroc": pixel,
+            "aupro": overlap,
+            "defect_test_pictures": int(truth.labels[of].sum()),
+            "missed_defects": int((truth.labels[of] & (scores.image[of] <= threshold)).sum()),
+        }
+    return rows
