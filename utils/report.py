@@ -232,27 +232,28 @@ def markdown_table(experiment: str, rows: Mapping[str, Row]) -> str:
 def draw_evaluation(
     folder: Path, paths: Sequence[Path], scores: "Scores", truth: GroundTruth, figures: Row, thresholds: Thresholds
 ) -> None:
-    """Draw roc.png, scores.png, worst_false_positive.jpg and worst_false_negative.jpg.
+    """Draw roc.png, scores.png, highest_good.jpg and lowest_defect.jpg.
 
-    The worst are the good picture with the highest score and the defect picture with the lowest, decided wrongly or
-    not. A picture that has nothing to show is removed if an earlier run drew it.
+    The last two are the good picture with the highest score and the defect picture with the lowest, decided wrongly or
+    not. A picture that has nothing to show is removed if an earlier run drew it, and so are those of earlier names.
 
     Raises:
         UserError: a file cannot be written.
     """
     draw_roc(folder / "roc.png", scores, truth, figures)
     draw_scores(folder / "scores.png", scores, truth, thresholds)
-    for name, candidates, worst in (
-        ("worst_false_positive.jpg", np.flatnonzero(~truth.labels), np.argmax),
-        ("worst_false_negative.jpg", np.flatnonzero(truth.labels), np.argmin),
+    for name, earlier, candidates, extreme in (
+        ("highest_good.jpg", "worst_false_positive.jpg", np.flatnonzero(~truth.labels), np.argmax),
+        ("lowest_defect.jpg", "worst_false_negative.jpg", np.flatnonzero(truth.labels), np.argmin),
     ):
+        (folder / earlier).unlink(missing_ok=True)
         if not len(candidates):
             (folder / name).unlink(missing_ok=True)
             continue
-        i = candidates[worst(scores.image[candidates])]
-        drawing = draw_result(
-            read_rgb(paths[i]), scores.pixel[i], float(scores.image[i]), thresholds.image, thresholds.pixel
-        )
+        i = candidates[extreme(scores.image[candidates])]
+        mask = None if truth.masks is None else truth.masks[i]
+        score = float(scores.image[i])
+        drawing = draw_result(read_rgb(paths[i]), scores.pixel[i], score, thresholds.image, thresholds.pixel, mask)
         write_picture(folder / name, drawing)
 
 
@@ -277,20 +278,21 @@ def draw_roc(path: Path, scores: "Scores", truth: GroundTruth, figures: Row) -> 
 
 
 def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Thresholds) -> None:
-    """How the image scores of good and of defect pictures are distributed, with the threshold."""
+    """How the image scores of good and of defect pictures are distributed, with the threshold; the legend beside it."""
     if not len(scores.image):
         path.unlink(missing_ok=True)
         return
-    picture = blank_figure(7, 4)
+    picture = blank_figure(9, 4)
     axes = picture.subplots()
-    bins = np.linspace(float(scores.image.min()), float(scores.image.max()) + 1e-6, 31)  # never of width 0
+    low, high = float(scores.image.min()), float(scores.image.max())
+    bins = np.linspace(low, max(high, low + 0.01), 31)  # wide enough for three decimals
     for name, of in (("good", ~truth.labels), ("defect", truth.labels)):
         axes.hist(scores.image[of], bins, alpha=0.6, label=f"{name}: {of.sum()} pictures")
     label = f"threshold {thresholds.image:.3f} ({thresholds.rule})"
     axes.axvline(thresholds.image, color="black", linestyle=":", label=label)
     axes.set(xlabel="image score", ylabel="pictures")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    picture.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     write_figure(path, picture)
 
