@@ -349,8 +349,8 @@ def test_eval_leaves_tables_and_pictures(workplace):
     assert "98.0" in text
     assert "over 1 category" in text
     pictures = {path.name: read_rgb(path) for path in (folder / "bottle/evaluation").iterdir()}
-    assert set(pictures) == {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
-    assert (pictures["roc.png"].shape, pictures["scores.png"].shape) == ((500, 500, 3), (400, 700, 3))
+    assert set(pictures) == {"roc.png", "scores.png", "highest_good.jpg", "lowest_defect.jpg"}
+    assert (pictures["roc.png"].shape, pictures["scores.png"].shape) == ((500, 500, 3), (400, 900, 3))
 
 
 def test_eval_stores_thresholds_that_give_the_f1s_of_the_table(workplace):

@@ -227,7 +227,7 @@ def spot():
 
 def plasma(position):
     """What matplotlib gives, whose colour map it is."""
-    return [round(255 * channel) for channel in matplotlib.colormaps["plasma"](position)[:3]]
+    return [round(255 * channel) for channel in matplotlib.colormaps["plasma"](float(position))[:3]]
 
 
 @pytest.mark.parametrize("threshold", [0.8, 0.0, -0.5])
@@ -298,7 +298,7 @@ def test_texts_fit_at_any_size(spot, shape, threshold, score):
     mask = spot > 0
     drawing = draw_result(np.full((*shape, 3), 255, np.uint8), spot, score, threshold, threshold, mask)
     ink = np.nonzero((drawing < 250).any(axis=(0, 2)))[0]
-    assert 0 < ink.min() and ink.max() < drawing.shape[1] - 1  # nothing reaches over the edge
+    assert ink.min() > 0 and ink.max() < drawing.shape[1] - 1  # nothing reaches over the edge
     caption = drawing[: min(drawing.shape[0] // 8, 64)]
     assert (caption < 128).any() and (caption[0] == 255).all()
 
@@ -319,7 +319,7 @@ def test_panels_of_wide_pictures_are_one_above_the_other(spot, shape, stacked):
     assert (width < 2 * shape[1]) == stacked == (height > 3 * shape[0])
 
 
-def test_the_bar_and_the_legend_show_what_the_panels_have(spot):
+def test_the_bar_and_the_legend_show_what_the_panels_have():
     picture = np.full((256, 256, 3), 255, np.uint8)
 
     def colours(drawing):

@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import utils.report
 from datasets.mvtec import GroundTruth
-from deploy.common.imaging import read_rgb
-from utils.evaluation import Scores, measure_all
-from utils.report import csv_table, draw_evaluation, markdown_table, means, print_results, save_maps, write_results
+from deploy.common.imaging import TRUE, read_rgb
+from utils.evaluation import Scores, measure, measure_all, measure_defects
+from utils.metrics import aupro
+from utils.report import (
+    BY_DEFECT,
+    csv_table,
+    draw_evaluation,
+    markdown_table,
+    means,
+    print_results,
+    save_maps,
+    write_results,
+)
 from utils.results import UNSTATED
 from utils.thresholds import PUBLISHED_THRESHOLDS
 
@@ -150,6 +161,119 @@ def test_a_damaged_result_is_written_anew_with_a_warning(tmp_path, capsys, conte
     assert "damaged" in capsys.readouterr().err
 
 
+# ---- figures by defect
+
+
+FOLDERS = [None, None, "crack", "crack", "hole|1", "hole|1"]
+
+
+@pytest.fixture
+def defects():
+    """Two good pictures, and two of each defect: scores and ground truth."""
+    masks = np.zeros((6, 20, 20), bool)
+    masks[2:4, 2:6, 2:6] = masks[4:, 10:14, 3:9] = True
+    pixel = np.random.default_rng(0).random(masks.shape).astype(np.float32) + masks / np.float32(3)
+    image = np.float32([0.3, 0.6, 0.5, 0.9, 0.7, 0.95])
+    return Scores(image, pixel), GroundTruth(masks.any(axis=(1, 2)), masks)
+
+
+def only(of, scores, truth):
+    """Those pictures, as a set of their own."""
+    masks = None if truth.masks is None else truth.masks[of]
+    return Scores(scores.image[of], scores.pixel[of]), GroundTruth(truth.labels[of], masks)
+
+
+def test_a_defect_has_the_figures_of_a_test_set_without_the_others(defects):
+    rows = measure_defects(*defects, FOLDERS, 0.6)
+    assert list(rows) == ["crack", "hole|1"]
+    for name, of in (("crack", [0, 1, 2, 3]), ("hole|1", [0, 1, 4, 5])):
+        scores, truth = only(of, *defects)
+        row = rows[name]
+        assert (row["image_auroc"], row["pixel_auroc"]) == measure(scores, truth)
+        assert row["aupro"] == pytest.approx(aupro(scores.pixel, truth.masks), abs=1e-12)
+    assert (rows["crack"]["missed_defects"], rows["crack"]["defect_test_pictures"]) == (1, 2)
+    assert (rows["hole|1"]["missed_defects"], rows["hole|1"]["defect_test_pictures"]) == (0, 2)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def with_defects(scores, truth, folders, **changes):
+    """An entry of eval.json with the figures by defect."""
+    measured = measure_defects(scores, truth, folders, 0.6)
+    pictures = {"images": len(folders), "anomalous_images": int(truth.labels.sum()), **measure_all(scores, truth)}
+    with_mask = 0 if truth.masks is None else sum(name is not None for name in folders)
+    decisions = {"rule": "f1", "image": 0.6, "pixel": 0.5}
+    return row(**{**pictures, "images_with_mask": with_mask, "decisions": decisions, "defects": measured, **changes})
+
+
+def test_figures_by_defect_are_printed_before_the_published_lines(defects, capsys):
+    rows = {"part": with_defects(*defects, FOLDERS), "other": row()}
+    print_results(rows, True)
+    *_, title, crack, hole, note, first, _, _ = capsys.readouterr().out.splitlines()
+    assert title.split("  ") == ["category", "defect", "pixel auroc", "image auroc", "aupro", "missed"]
+    figures = rows["part"]["defects"]["crack"]
+    assert crack.split() == ["part", "crack", *(f"{figures[key]:.3f}" for key in BY_DEFECT), "1", "of", "2"]
+    assert hole.split()[:2] == ["part", "hole|1"]
+    assert len(title) == len(crack) == len(hole)
+    assert note == "missed: at or below the image threshold: 0.600 (f1)"
+    assert first.startswith("part             pixel auroc:")
+    print_results(rows, False)
+    assert "crack" not in capsys.readouterr().out
+
+
+def test_eval_md_and_json_have_the_figures_by_defect(defects, tmp_path, capsys):
+    rows = {"part": with_defects(*defects, FOLDERS), "other": row()}
+    write_results(tmp_path, rows)
+    text = (tmp_path / "eval.md").read_text()
+    crack = rows["part"]["defects"]["crack"]
+    assert f"| part | crack | {' | '.join(f'{100 * crack[key]:.2f}' for key in BY_DEFECT)} | 1 of 2 |" in text
+    assert r"| part | hole\|1 |" in text
+    assert "* missed: at or below the image threshold: 0.600 (f1)\n" in text
+    assert "n/a" not in text.split("## By defect")[1]
+    assert json.loads((tmp_path / "eval.json").read_text())["categories"]["part"] == rows["part"]
+    assert len((tmp_path / "eval.csv").read_text().splitlines()) == 6  # no line by defect
+    write_results(tmp_path, {"other": row()})
+    assert text == (tmp_path / "eval.md").read_text()
+    assert "## By defect" not in markdown_table("exp", {"other": row()})
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "masked", "missing", "note"),
+    [
+        (
+            range(6),
+            False,
+            ["pixel_auroc", "aupro"],
+            "pixel auroc and aupro n/a: a picture with a defect has no mask: part",
+        ),
+        (range(2, 6), True, ["image_auroc"], "image auroc n/a: no good picture to compare with: part"),
+    ],
+)
+def test_what_is_not_available_by_defect_is_explained_once(defects, kept, masked, missing, note):
+    scores, truth = only(list(kept), *defects)
+    truth = truth if masked else GroundTruth(truth.labels, None)
+    entry = with_defects(scores, truth, [FOLDERS[i] for i in kept])
+    for figures in entry["defects"].values():
+        assert [key for key in figures if figures[key] is None] == missing
+    text = markdown_table("exp", {"part": entry})
+    assert text.count(note) == 1
+    assert text.split("## By defect")[1].count("n/a") == 2 * len(missing) + 1
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["half", "published"])
+def test_a_defect_of_which_no_mask_is_left_is_explained(defects, counts):
+    scores, truth = defects
+    truth.masks[4:] = False
+    truth = GroundTruth(np.array([False, False, True, True, counts, counts]), truth.masks)
+    entry = with_defects(scores, truth, FOLDERS)
+    hole = entry["defects"]["hole|1"]
+    assert hole["pixel_auroc"] is hole["aupro"] is None
+    assert (hole["image_auroc"] is not None, hole["defect_test_pictures"]) == (counts, 2 * counts)
+    assert None not in entry["defects"]["crack"].values()
+    text = markdown_table("exp", {"part": entry})
+    assert "* n/a: no pixel of the defect is left of any of its masks (mask_rule): part/hole|1\n" in text
+
+
 # ---- pictures and maps
 
 
@@ -176,17 +300,17 @@ def draw(folder, paths, scores, truth):
 def colour_of(path):
     """Of the first panel's middle."""
     picture = read_rgb(path)
-    return tuple(int(round(channel, -1)) for channel in picture[40 + 100, 100].astype(int))
+    return tuple(int(round(channel, -1)) for channel in picture[len(picture) // 2, picture.shape[1] // 6].astype(int))
 
 
-NAMES = {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
+NAMES = {"roc.png", "scores.png", "highest_good.jpg", "lowest_defect.jpg"}
 
 
-def test_the_pictures_are_those_of_the_worst(tmp_path, measured):
+def test_the_pictures_are_the_highest_good_and_the_lowest_defect(tmp_path, measured):
     folder = tmp_path / "evaluation"
     assert draw(folder, *measured) == NAMES
-    assert colour_of(folder / "worst_false_positive.jpg") == pytest.approx((0, 250, 0), abs=10)  # good, score 0.6
-    assert colour_of(folder / "worst_false_negative.jpg") == pytest.approx((0, 0, 250), abs=10)  # defect, score 0.5
+    assert colour_of(folder / "highest_good.jpg") == pytest.approx((0, 250, 0), abs=10)  # good, score 0.6
+    assert colour_of(folder / "lowest_defect.jpg") == pytest.approx((0, 0, 250), abs=10)  # defect, score 0.5
     for name in ("roc.png", "scores.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
@@ -194,8 +318,8 @@ def test_the_pictures_are_those_of_the_worst(tmp_path, measured):
 @pytest.mark.parametrize(
     ("kept", "names"),
     [
-        (slice(0, 2), {"scores.png", "worst_false_positive.jpg"}),
-        (slice(2, 4), {"roc.png", "scores.png", "worst_false_negative.jpg"}),  # their pixels have a curve
+        (slice(0, 2), {"scores.png", "highest_good.jpg"}),
+        (slice(2, 4), {"roc.png", "scores.png", "lowest_defect.jpg"}),  # their pixels have a curve
         (slice(0, 0), set()),
     ],
     ids=["no defects", "no good", "nothing"],
@@ -206,6 +330,42 @@ def test_pictures_without_content_are_removed(tmp_path, measured, kept, names):
     draw(folder, *measured)
     fewer = Scores(scores.image[kept], scores.pixel[kept]), GroundTruth(truth.labels[kept], truth.masks[kept])
     assert draw(folder, paths[kept], *fewer) == names
+
+
+def test_pictures_of_earlier_names_are_removed(tmp_path, measured):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for name in ("worst_false_positive.jpg", "worst_false_negative.jpg"):
+        (folder / name).touch()
+    assert draw(folder, *measured) == NAMES
+
+
+def test_the_true_mask_is_outlined_where_there_is_one(tmp_path, measured):
+    folder = tmp_path / "evaluation"
+    draw(folder, *measured)
+
+    def outlined(name):
+        return (np.abs(read_rgb(folder / name) - np.array(TRUE)).max(axis=2) < 60).any()
+
+    assert outlined("lowest_defect.jpg")
+    assert not outlined("highest_good.jpg")
+    paths, scores, truth = measured
+    draw(folder, paths, scores, GroundTruth(truth.labels, None))
+    assert not outlined("lowest_defect.jpg")
+
+
+def test_the_legend_of_the_scores_is_beside_them(tmp_path, measured, monkeypatch):
+    figures = []
+    monkeypatch.setattr(utils.report, "write_figure", lambda path, figure: figures.append(figure))
+    utils.report.draw_scores(tmp_path / "scores.png", *measured[1:], PUBLISHED_THRESHOLDS)
+    (figure,) = figures
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().x0 > figure.axes[0].get_window_extent().x1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "good: 2 pictures",
+        "defect: 2 pictures",
+        "threshold 0.800 (published)",
+    ]
 
 
 def test_equal_scores_and_missing_masks_can_be_drawn(tmp_path, measured):
