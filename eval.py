@@ -109,7 +109,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED_THRESHOLDS
     decisions = outcome(thresholds, scores, truth)
-    defects = measure_defects(scores, truth, [image.defect for image in category.test], thresholds.image)
+    defects = measure_defects(scores, truth, category.test, config, thresholds.image)
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))

@@ -4,13 +4,15 @@ import csv
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import utils.report
-from datasets.mvtec import GroundTruth
+from datasets.mvtec import GroundTruth, load_category, load_ground_truth
 from deploy.common.imaging import TRUE, read_rgb
 from utils.evaluation import Scores, measure, measure_all, measure_defects
 from utils.metrics import aupro
@@ -164,7 +166,7 @@ def test_a_damaged_result_is_written_anew_with_a_warning(tmp_path, capsys, conte
 # ---- figures by defect
 
 
-FOLDERS = [None, None, "crack", "crack", "hole|1", "hole|1"]
+TEST = [SimpleNamespace(defect=name) for name in (None, None, "crack", "crack", "hole|1", "hole|1")]
 
 
 @pytest.fixture
@@ -183,8 +185,8 @@ def only(of, scores, truth):
     return Scores(scores.image[of], scores.pixel[of]), GroundTruth(truth.labels[of], masks)
 
 
-def test_a_defect_has_the_figures_of_a_test_set_without_the_others(defects):
-    rows = measure_defects(*defects, FOLDERS, 0.6)
+def test_a_defect_has_the_figures_of_a_test_set_without_the_others(defects, config):
+    rows = measure_defects(*defects, TEST, config, 0.6)
     assert list(rows) == ["crack", "hole|1"]
     for name, of in (("crack", [0, 1, 2, 3]), ("hole|1", [0, 1, 4, 5])):
         scores, truth = only(of, *defects)
@@ -196,17 +198,14 @@ def test_a_defect_has_the_figures_of_a_test_set_without_the_others(defects):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def with_defects(scores, truth, folders, **changes):
-    """An entry of eval.json with the figures by defect."""
-    measured = measure_defects(scores, truth, folders, 0.6)
-    pictures = {"images": len(folders), "anomalous_images": int(truth.labels.sum()), **measure_all(scores, truth)}
-    with_mask = 0 if truth.masks is None else sum(name is not None for name in folders)
-    decisions = {"rule": "f1", "image": 0.6, "pixel": 0.5}
-    return row(**{**pictures, "images_with_mask": with_mask, "decisions": decisions, "defects": measured, **changes})
+def with_defects(measured, of=range(6)):
+    """An entry of eval.json with the figures by defect, for those pictures."""
+    figures = measure_defects(*only(list(of), *measured), [TEST[i] for i in of], None, 0.6)
+    return row(decisions={"rule": "f1", "image": 0.6, "pixel": 0.5}, defects=figures)
 
 
 def test_figures_by_defect_are_printed_before_the_published_lines(defects, capsys):
-    rows = {"part": with_defects(*defects, FOLDERS), "other": row()}
+    rows = {"part": with_defects(defects), "other": row()}
     print_results(rows, True)
     *_, title, crack, hole, note, first, _, _ = capsys.readouterr().out.splitlines()
     assert title.split("  ") == ["category", "defect", "pixel auroc", "image auroc", "aupro", "missed"]
@@ -221,7 +220,7 @@ def test_figures_by_defect_are_printed_before_the_published_lines(defects, capsy
 
 
 def test_eval_md_and_json_have_the_figures_by_defect(defects, tmp_path, capsys):
-    rows = {"part": with_defects(*defects, FOLDERS), "other": row()}
+    rows = {"part": with_defects(defects), "other": row()}
     write_results(tmp_path, rows)
     text = (tmp_path / "eval.md").read_text()
     crack = rows["part"]["defects"]["crack"]
@@ -237,41 +236,52 @@ def test_eval_md_and_json_have_the_figures_by_defect(defects, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("kept", "masked", "missing", "note"),
-    [
-        (
-            range(6),
-            False,
-            ["pixel_auroc", "aupro"],
-            "pixel auroc and aupro n/a: a picture with a defect has no mask: part",
-        ),
-        (range(2, 6), True, ["image_auroc"], "image auroc n/a: no good picture to compare with: part"),
-    ],
-)
-def test_what_is_not_available_by_defect_is_explained_once(defects, kept, masked, missing, note):
-    scores, truth = only(list(kept), *defects)
-    truth = truth if masked else GroundTruth(truth.labels, None)
-    entry = with_defects(scores, truth, [FOLDERS[i] for i in kept])
+def test_without_good_pictures_it_is_said_once_why_figures_by_defect_are_missing(defects):
+    entry = with_defects(defects, range(2, 6))
     for figures in entry["defects"].values():
-        assert [key for key in figures if figures[key] is None] == missing
-    text = markdown_table("exp", {"part": entry})
-    assert text.count(note) == 1
-    assert text.split("## By defect")[1].count("n/a") == 2 * len(missing) + 1
+        assert [key for key in figures if figures[key] is None] == ["image_auroc"]
+    notes = markdown_table("exp", {"part": entry}).split("## By defect")[1]
+    assert "* image auroc n/a: no good picture to compare with: part\n" in notes
+    assert notes.count("n/a") == 2 + 1
 
 
 @pytest.mark.parametrize("counts", [True, False], ids=["half", "published"])
 def test_a_defect_of_which_no_mask_is_left_is_explained(defects, counts):
     scores, truth = defects
     truth.masks[4:] = False
-    truth = GroundTruth(np.array([False, False, True, True, counts, counts]), truth.masks)
-    entry = with_defects(scores, truth, FOLDERS)
+    entry = with_defects((scores, GroundTruth(np.array([False, False, True, True, counts, counts]), truth.masks)))
     hole = entry["defects"]["hole|1"]
     assert hole["pixel_auroc"] is hole["aupro"] is None
     assert (hole["image_auroc"] is not None, hole["defect_test_pictures"]) == (counts, 2 * counts)
     assert None not in entry["defects"]["crack"].values()
     text = markdown_table("exp", {"part": entry})
     assert "* n/a: no pixel of the defect is left of any of its masks (mask_rule): part/hole|1\n" in text
+
+
+@pytest.mark.parametrize("without", [["crack"], ["crack", "hole"]])
+def test_defects_with_masks_have_pixel_figures_whatever_the_others_have(tmp_path, config, without):
+    folder = tmp_path / "part"
+    for name in ("train/good", "test/good", "test/crack", "test/hole"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+    for name in {"crack", "hole"} - set(without):
+        (folder / "ground_truth" / name).mkdir(parents=True)
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, (0, 0, 4, 4))
+        mask.save(folder / "ground_truth" / name / "0_mask.png")
+    test = load_category(tmp_path, "part").test
+    config = replace(config, input_size=8)
+    truth = load_ground_truth(test, config.size, config.mask_rule)
+    assert truth.masks is None
+    pixel = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
+    figures = measure_defects(Scores(pixel.max(axis=(1, 2)), pixel), truth, test, config, 0.5)
+    for name, row_of in figures.items():
+        missing = [key for key in row_of if row_of[key] is None]
+        assert missing == (["pixel_auroc", "aupro"] if name in without else [])
+    entry = row(decisions={"rule": "f1", "image": 0.6, "pixel": 0.5}, defects=figures)
+    notes = markdown_table("exp", {"part": entry}).split("## By defect")[1]
+    assert f"* pixel auroc and aupro n/a: no masks: part{'/crack' if len(without) == 1 else ''}\n" in notes
+    assert "* n/a" not in notes
 
 
 # ---- pictures and maps

@@ -96,24 +96,30 @@ def defect_table(rows: Mapping[str, Row], text: Callable[[float | None], str]) -
 def defect_notes(rows: Mapping[str, Row]) -> list[str]:
     """The foot of the figures by defect: the thresholds that `missed` stands for, and why figures are n/a."""
     known = {name: row for name, row in rows.items() if row.get("defects")}
-    missing: dict[str, list[str]] = {}
-    for name, row in known.items():
-        counted = {defect: figures for defect, figures in row["defects"].items() if figures["defect_test_pictures"]}
-        unmasked = row["images_with_mask"] < row["anomalous_images"]
-        if unmasked:
-            missing.setdefault("pixel auroc and aupro n/a: a picture with a defect has no mask", []).append(name)
-        if any(figures["image_auroc"] is None for figures in counted.values()):
-            missing.setdefault("image auroc n/a: no good picture to compare with", []).append(name)
-        for defect, figures in row["defects"].items():
-            if defect not in counted or (figures["pixel_auroc"] is None and not unmasked):
-                reason = "n/a: no pixel of the defect is left of any of its masks (mask_rule)"
-                missing.setdefault(reason, []).append(printable(f"{name}/{defect}"))
 
     def threshold(row: Row) -> str:
         return f"{row['decisions']['image']:.3f} ({row['decisions']['rule']})"
 
     lines = _alike("missed: at or below the image threshold", known, threshold) if known else []
-    return [*lines, *(f"{reason}: {', '.join(of)}" for reason, of in missing.items())]
+    for reason, holds in (
+        (
+            "image auroc n/a: no good picture to compare with",
+            lambda figures: figures["image_auroc"] is None and figures["defect_test_pictures"],
+        ),
+        ("pixel auroc and aupro n/a: no masks", lambda figures: not figures["images_with_mask"]),
+        (
+            "n/a: no pixel of the defect is left of any of its masks (mask_rule)",
+            lambda figures: figures["images_with_mask"] and figures["pixel_auroc"] is None,
+        ),
+    ):
+        names = []
+        for name, row in known.items():
+            concerned = [defect for defect, figures in row["defects"].items() if holds(figures)]
+            whole = len(concerned) == len(row["defects"])
+            names += [name] if whole else [f"{name}/{defect}" for defect in concerned]
+        if names:
+            lines.append(f"{reason}: {printable(', '.join(names))}")
+    return lines
 
 
 def provenance(rows: Mapping[str, Row]) -> list[str]:
