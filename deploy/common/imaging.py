@@ -214,15 +214,15 @@ def draw_panels(
     picture = drawn_size(picture)
     size = picture.shape[1::-1]
     scores = cv2.resize(anomaly_map.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    marked = scores > pixel_threshold
+    marked = np.uint8(scores > pixel_threshold)
 
     def area(colours: np.ndarray, opacity: float) -> np.ndarray:
-        return np.where(marked[..., None], cv2.addWeighted(picture, 1 - opacity, colours, opacity, 0), picture)
+        return cv2.copyTo(cv2.addWeighted(picture, 1 - opacity, colours, opacity, 0), marked, picture.copy())
 
     heat = area(heat_colours(scores, pixel_threshold), 0.6)
     outlined = area(np.full_like(picture, MARKED), 0.3)
     line = max(1, min(size) // 256)
-    _outline(outlined, np.uint8(marked), MARKED, line)
+    _outline(outlined, marked, MARKED, line)
     if true_mask is not None:
         true = cv2.resize(np.uint8(true_mask), size, interpolation=cv2.INTER_NEAREST)
         _outline(outlined, true, (0, 0, 0), 3 * line)  # a rim, so that it shows on bright pictures too
