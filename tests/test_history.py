@@ -163,8 +163,23 @@ def test_csv_keeps_full_precision_and_leaves_empty_what_was_not_measured(tmp_pat
     ],
 )
 def test_curves_have_a_panel_for_what_was_measured(tmp_path, history, panels):
-    draw_curves(tmp_path / "curves.png", history, "bottle $ \udcff")  # of a name that is no text
+    draw_curves(tmp_path / "curves.png", history, "bottle $")
     assert read_rgb(tmp_path / "curves.png").shape == (450, 500 * panels, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("bottle $x$", "bottle $x$: loss"),
+        ("Flächen 7", "Flächen 7: loss"),
+        ("x" * 60, f"{'x' * 48}\n{'x' * 12}: loss"),
+        ("瓶子", "loss"),
+        ("bottle \udcff", "loss"),  # of a name that is no text
+    ],
+)
+def test_the_titles_name_the_category_if_the_font_can(tmp_path, drawn, recwarn, name, heading):
+    assert drawn(rows(None), tmp_path, name)[0].get_title() == heading
+    assert not recwarn
 
 
 def test_without_an_epoch_there_are_no_curves(tmp_path):
@@ -179,8 +194,8 @@ def drawn(monkeypatch):
     figures = []
     monkeypatch.setattr(utils.history, "write_figure", lambda path, figure: figures.append(figure))
 
-    def draw(history, path):
-        draw_curves(path / "curves.png", history, "bottle")
+    def draw(history, path, name="bottle"):
+        draw_curves(path / "curves.png", history, name)
         figures[-1].canvas.draw()
         return figures[-1].axes
 

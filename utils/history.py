@@ -11,7 +11,7 @@ import numpy as np
 
 from deploy.common.files import write_text
 from utils.config import Config
-from utils.plots import blank_figure, write_figure
+from utils.plots import blank_figure, drawable, write_figure
 from utils.results import figure, rounded
 
 
@@ -101,12 +101,12 @@ def write_csv(path: Path, history: Sequence[EpochRow]) -> None:
 def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
     """Losses, and the AUROCs where they were measured, over the epochs, as PNG; no file without an epoch.
 
-    Each panel has room for what most epochs need (see `shown_range`); the legend tells of what lies outside.
+    Each panel has room for what most epochs need (see `shown_range`); the legend tells of what lies outside. A title
+    that the font cannot write is left out.
 
     Raises:
         UserError: it cannot be written.
     """
-    title = title.encode(errors="replace").decode()  # fonts know no bytes of names that are no text
     panels = []
     for name, unit, lower_is_better, labels in (
         ("loss", "negative log-likelihood per dimension", True, {"loss": "training", "val_loss": "held out"}),
@@ -116,7 +116,7 @@ def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
         curves = {label: curve for label, curve in curves.items() if curve.size}
         if curves:
             shown = shown_range([values for _, values in curves.values()], lower_is_better)
-            panels.append((f"{title}: {name}", unit, curves, shown))
+            panels.append((f"{title}: {name}" if drawable(title) else name, unit, curves, shown))
     if not panels:
         path.unlink(missing_ok=True)
         return
