@@ -213,7 +213,7 @@ def test_figures_by_defect_are_printed_before_the_published_lines(defects, capsy
     assert crack.split() == ["part", "crack", *(f"{figures[key]:.3f}" for key in BY_DEFECT), "1", "of", "2"]
     assert hole.split()[:2] == ["part", "hole|1"]
     assert len(title) == len(crack) == len(hole)
-    assert note == "missed: at or below the image threshold: 0.600 (f1)"
+    assert note == "missed: not above the image threshold 0.600 (f1)"
     assert first.startswith("part             pixel auroc:")
     print_results(rows, False)
     assert "crack" not in capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_eval_md_and_json_have_the_figures_by_defect(defects, tmp_path, capsys):
     crack = rows["part"]["defects"]["crack"]
     assert f"| part | crack | {' | '.join(f'{100 * crack[key]:.2f}' for key in BY_DEFECT)} | 1 of 2 |" in text
     assert r"| part | hole\|1 |" in text
-    assert "* missed: at or below the image threshold: 0.600 (f1)\n" in text
+    assert "* missed: not above the image threshold 0.600 (f1)\n" in text
     assert "n/a" not in text.split("## By defect")[1]
     assert json.loads((tmp_path / "eval.json").read_text())["categories"]["part"] == rows["part"]
     assert len((tmp_path / "eval.csv").read_text().splitlines()) == 6  # no line by defect

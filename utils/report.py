@@ -98,9 +98,9 @@ def defect_notes(rows: Mapping[str, Row]) -> list[str]:
     known = {name: row for name, row in rows.items() if row.get("defects")}
 
     def threshold(row: Row) -> str:
-        return f"{row['decisions']['image']:.3f} ({row['decisions']['rule']})"
+        return f"not above the image threshold {row['decisions']['image']:.3f} ({row['decisions']['rule']})"
 
-    lines = _alike("missed: at or below the image threshold", known, threshold) if known else []
+    lines = _alike("missed", known, threshold) if known else []
     for reason, holds in (
         (
             "image auroc n/a: no good picture to compare with",
