@@ -68,8 +68,8 @@ def print_results(rows: Mapping[str, Row], all_metrics: bool) -> None:
         table = defect_table(rows, figure)
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for cells in table:
-            left, right = zip(cells[:2], widths[:2], strict=True), zip(cells[2:], widths[2:], strict=True)
-            print("  ".join([*(f"{cell:<{width}}" for cell, width in left), *(f"{c:>{w}}" for c, w in right)]))
+            aligned = zip(cells, "<<>>>>", widths, strict=True)
+            print("  ".join(f"{cell:{side}{width}}" for cell, side, width in aligned))
         for line in defect_notes(rows):
             print(line)
     mean = means({name: {key: rounded(row.get(key)) for key in TITLES} for name, row in rows.items()})
