@@ -84,7 +84,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
     from utils.checkpoint import epoch_of, load_model, selection_of, white_level_of
-    from utils.evaluation import Scores, measure_all, score_images
+    from utils.evaluation import Scores, measure_all, measure_defects, score_images
     from utils.features import CacheBudget, FeatureCache
 
     # ---- everything is read and computed before anything is written
@@ -109,12 +109,15 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     figures = measure_all(scores, truth)
     calibration = None
     if rule == "quantile":
-        calibration = calibrate_quantile(held_out[0].parent, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE)
+        calibration = calibrate_quantile(
+            category.good_folders[0].path, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE
+        )
     elif rule == "f1":
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED_THRESHOLDS
     decisions = outcome(thresholds, scores, truth)
     rate = calibration and calibration.false_alarm_rate
+    defects = measure_defects(scores, truth, category.test, config, thresholds.image)
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
@@ -139,7 +142,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         )
     elif args.threshold_rule == PUBLISHED_RULE:
         withdraw_thresholds(path)
-    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds)
+    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds, read)
     if args.save_maps:
         save_maps(folder / "maps.npz", paths, scores, truth)
     return {
@@ -159,6 +162,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
             "false_alarm_rate": rate,
             **decisions,
         },
+        "defects": defects,
     }
 
 
