@@ -37,7 +37,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--test_epochs", type=interval, help="evaluate every N epochs, -1: never; instead of the config's eval_interval"
     )
-    parser.add_argument("--backbone_weights", metavar="FILE", help="ImageNet weights: .pdparams, .npz or .safetensors")
+    parser.add_argument(
+        "--backbone_weights",
+        metavar="FILE",
+        help="ImageNet weights: .pdparams, .npz or .safetensors, or torch's .pth, .pt or .bin",
+    )
     parser.add_argument("--amp", action="store_true", help="mixed precision where it is faster; in eval mode float32")
     parser.add_argument(
         "--resume", action="store_true", help="go on from last.pdparams of the same folder, if it is there"

@@ -307,7 +307,7 @@ def test_every_key_has_a_meaning_in_both_languages():
 
 def test_what_each_key_decides():
     """--resume and a checkpoint's model go by it."""
-    assert set(keys_that_decide("model")) == set(NEEDED) - {"momentum"}
+    assert set(keys_that_decide("model")) == {*NEEDED, "scales"} - {"momentum"}
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
     assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights", "white_level"}

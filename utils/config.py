@@ -102,9 +102,10 @@ class Config:
         None,
     )
     scales: list[int] | None = key(
-        "input size / size of the feature maps; may be left out likewise",
-        "输入尺寸 / 特征图尺寸；同样可以省略",
+        "input size / size of the feature maps that are used, finest first; may be left out: the backbone's usual ones",
+        "所用特征图的输入尺寸 / 特征图尺寸，从细到粗；可以省略，用骨干网络通常的几个",
         None,
+        decides="model",
         least=1,
     )
     pretrained: Literal["imagenet", "offline"] = key(

@@ -247,7 +247,8 @@ def draw_evaluation(
     """Draw roc.png, scores.png, highest_good.jpg and lowest_defect.jpg.
 
     The last two are the good picture with the highest score and the defect picture with the lowest, decided wrongly or
-    not; `read` gives them, (h, w, 3) uint8 RGB. A picture that has nothing to show is removed if an earlier run drew it, and so are those of earlier names.
+    not; `read` gives them, (h, w, 3) uint8 RGB. A picture that has nothing to show is removed if an earlier run drew
+    it, and so are those of earlier names.
 
     Raises:
         UserError: a file cannot be written.

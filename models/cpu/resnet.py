@@ -21,16 +21,18 @@ from models.cpu.flow import usable
 from models.cpu.onednn import RELU, Buffer, Layout, MaxPool, PostOps, Primitive, Unavailable, reorder
 
 CHUNK = 4  # images that go through the network together, in little memory; the time is flat from 1 to 8
-PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last in a downsample
+# Names of convolutions and the norms after them: in a ResNet, in its downsamples, in an EfficientNet.
+PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"), ("conv", "norm"))
 PROGRAMS = 4  # kept per model, each for one number and size of images
 APART = 2039  # a prime above the number of filters: no two that change places are a multiple of it apart
 
 
 def features(model: nn.Layer, images: Tensor, plain: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-    """What a frozen ResNet has computed after its layers 1, 2 and 3.
+    """What a frozen ResNet has computed after those of its layers that are wanted.
 
     Args:
-        model: with the attributes of `paddle.vision.models.ResNet`: basic or bottleneck blocks, without groups.
+        model: with the attributes of `paddle.vision.models.ResNet`: basic or bottleneck blocks, without groups; and
+            `layers`, the names of its layers, each with whether it is wanted.
         images: (B, 3, H, W).
         plain: computes the same from the images with Paddle's operators; used where oneDNN cannot be, in training
             mode, for gradients of the images, and where somebody listens to the layers in between.
@@ -51,7 +53,7 @@ def features(model: nn.Layer, images: Tensor, plain: Callable[[Tensor], list[Ten
 
 
 def without_batch_norms(model: nn.Layer) -> nn.Layer:
-    """A copy of a frozen ResNet, as `features` takes it, with its BatchNorms folded into its convolutions."""
+    """A copy of a frozen network of the blocks that `PAIRS` knows, its BatchNorms folded into its convolutions."""
     model = copy.deepcopy(model)
     for layer in model.sublayers(include_self=True):
         for conv_name, bn_name in _pairs(layer):
@@ -67,7 +69,7 @@ def without_batch_norms(model: nn.Layer) -> nn.Layer:
 
 
 def _pairs(layer: nn.Layer) -> list[tuple[str, str]]:
-    """Names of the convolutions and the norms after them that a ResNet, a block or a downsample has itself."""
+    """Those of `PAIRS` that a layer has itself."""
     return [names for names in PAIRS if isinstance(getattr(layer, names[0], None), nn.Conv2D)]
 
 
@@ -155,9 +157,11 @@ class _Program:
         pooled = self._buffer(0, pool.dst)
         self._calls.append((pool, [x, pooled]))
         x, slot, shape = pooled, 0, pool.dst
-        for layer in (model.layer1, model.layer2, model.layer3):
-            for block in layer:
+        for name, is_wanted in model.layers:
+            for block in getattr(model, name):
                 x, slot, shape = self._block(block, x, slot, shape)
+            if not is_wanted:
+                continue
             leave = reorder(Layout.channels_last(shape), Layout.dense(shape))
             self._outputs.append((len(self._calls), leave, x))
             self.shapes.append(shape)
