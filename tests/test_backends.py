@@ -520,10 +520,10 @@ def test_a_picture_that_cannot_be_written_costs_no_result(exported, tmp_path):
 
 def test_what_ends_it_half_way_costs_no_result_before(exported, tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.common.imaging as i\nread = i.read_rgb\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.common.imaging as i\nread = i.decode\n"
     )
     code += "def stop(path):\n    if path.name == '005.png': raise KeyboardInterrupt\n    return read(path)\n"
-    code += "i.read_rgb = stop; runpy.run_module('deploy.infer', run_name='__main__')"
+    code += "i.decode = stop; runpy.run_module('deploy.infer', run_name='__main__')"
     options = ["--save_inference_dir", exported / "model", "--image_path", ROOT / "lite_data/bottle/test/good"]
     command = [sys.executable, "-c", code, *map(str, options), "--batch_size", "3", "--save_json", "results.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -462,7 +462,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
     assert workplace.result("untested")["images"] == 0
     assert done.stderr == "warning: bottle: has no test pictures, so there is no AUROC\n"
     done = workplace.evaluate("untested", "--data", tmp_path)
-    (line,) = done.stderr.splitlines()
+    _, line = done.stderr.splitlines()
     assert "--threshold_rule quantile" in line
 
 
