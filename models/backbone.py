@@ -8,7 +8,8 @@ from paddle import Tensor, nn
 from paddle.vision import models as vision
 
 from deploy.common.cli import UserError
-from models.cpu import resnet as cpu_resnet
+from models.cpu.features import features
+from models.cpu.resnet import ResNetProgram
 from models.efficientnet import BLOCKS, LEVELS, EfficientNetLite0Features, own_name
 
 
@@ -78,16 +79,16 @@ class ResNetFeatures(nn.Layer):
         C is 64 with basic blocks (ResNet18 and 34), 256 with bottleneck blocks. `_plain` says what is computed,
         `models.cpu` how on a CPU.
         """
-        return cpu_resnet.features(self, images, self._plain)
+        return features(self, images, self._plain, ResNetProgram)
 
     def _plain(self, images: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features = []
+        maps = []
         for name, is_wanted in self.layers:
             x = getattr(self, name)(x)
             if is_wanted:
-                features.append(x)
-        return features
+                maps.append(x)
+        return maps
 
 
 def resnet(name: str) -> Backbone:

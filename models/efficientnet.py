@@ -13,6 +13,8 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from deploy.common.imaging import MEAN, STD
+from models.cpu.efficientnet import EfficientNetProgram
+from models.cpu.features import features
 
 STEM = 32  # channels
 # Repeats, kernel, stride of the first block, expansion, channels: table 1 of the paper.
@@ -98,7 +100,10 @@ class EfficientNetLite0Features(nn.Layer):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> of (B, 24, H/4, W/4), (B, 40, H/8, W/8), (B, 112, H/16, W/16), (B, 320, H/32, W/32) those
-        of `scales`, sizes rounded up."""
+        of `scales`, sizes rounded up; `_plain` says what is computed, `models.cpu` how on a CPU."""
+        return features(self, images, self._plain, EfficientNetProgram)
+
+    def _plain(self, images: Tensor) -> list[Tensor]:
         x = F.relu6(self.stem(images * self.gain + self.shift))
         maps = []
         for i, block in enumerate(self.blocks):
