@@ -41,7 +41,7 @@ class Backbone:
     weights: address and MD5 of the official file of weights, with the layer's parameter names; None if there is none.
     package: a package of the Python index that holds weights; None if there is none.
     left_out: what names in weight files may start with where the layer has no such part.
-    own_name: the layer's name for a parameter, of its name in weight files of others; but for that of torch's buffers.
+    own_name: what the layer calls a parameter that has this name in weight files of others.
     """
 
     build: Callable[[Sequence[int]], nn.Layer]

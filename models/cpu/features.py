@@ -38,6 +38,7 @@ def features(
         images: (B, 3, H, W).
         plain: computes the same from the images with Paddle's operators; used where oneDNN cannot be, in training
             mode, for gradients of the images, and where somebody listens to the layers in between.
+        program: the kind that such a model needs.
     """
     wants_gradient = paddle.is_grad_enabled() and not images.stop_gradient
     if (

@@ -7,8 +7,10 @@ from models.cpu.onednn import RELU, Buffer, MaxPool
 
 
 class ResNetProgram(Program):
-    """Takes a model with the attributes of `paddle.vision.models.ResNet`, of basic or bottleneck blocks, and `layers`,
-    the names of its layers, each with whether its feature map is wanted."""
+    """Takes a model with the attributes of `paddle.vision.models.ResNet`, of basic or bottleneck blocks.
+
+    Its `layers` are the names of its layers, each with whether the feature map after it is wanted.
+    """
 
     def __init__(self, model: nn.Layer, b: int, h: int, w: int) -> None:
         super().__init__(b, h, w)
