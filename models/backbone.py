@@ -8,7 +8,8 @@ from paddle import Tensor, nn
 from paddle.vision import models as vision
 
 from deploy.common.cli import UserError
-from models.cpu import resnet as cpu_resnet
+from models.cpu.features import features
+from models.cpu.resnet import ResNetProgram
 from models.efficientnet import BLOCKS, LEVELS, EfficientNetLite0Features, own_name
 
 
@@ -40,7 +41,7 @@ class Backbone:
     weights: address and MD5 of the official file of weights, with the layer's parameter names; None if there is none.
     package: a package of the Python index that holds weights; None if there is none.
     left_out: what names in weight files may start with where the layer has no such part.
-    own_name: the layer's name for a parameter, of its name in weight files of others; but for that of torch's buffers.
+    own_name: what the layer calls a parameter that has this name in weight files of others.
     """
 
     build: Callable[[Sequence[int]], nn.Layer]
@@ -78,16 +79,16 @@ class ResNetFeatures(nn.Layer):
         C is 64 with basic blocks (ResNet18 and 34), 256 with bottleneck blocks. `_plain` says what is computed,
         `models.cpu` how on a CPU.
         """
-        return cpu_resnet.features(self, images, self._plain)
+        return features(self, images, self._plain, ResNetProgram)
 
     def _plain(self, images: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features = []
+        maps = []
         for name, is_wanted in self.layers:
             x = getattr(self, name)(x)
             if is_wanted:
-                features.append(x)
-        return features
+                maps.append(x)
+        return maps
 
 
 def resnet(name: str) -> Backbone:

@@ -13,6 +13,8 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from deploy.common.imaging import MEAN, STD
+from models.cpu.efficientnet import EfficientNetProgram
+from models.cpu.features import features
 
 STEM = 32  # channels
 # Repeats, kernel, stride of the first block, expansion, channels: table 1 of the paper.
@@ -97,8 +99,14 @@ class EfficientNetLite0Features(nn.Layer):
         self.register_buffer("shift", paddle.to_tensor((mean * 255 - 127) / 128), persistable=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> of (B, 24, H/4, W/4), (B, 40, H/8, W/8), (B, 112, H/16, W/16), (B, 320, H/32, W/32) those
-        of `scales`, sizes rounded up."""
+        """(B, 3, H, W) -> of (B, 24, H/4, W/4), (B, 40, H/8, W/8), (B, 112, H/16, W/16), (B, 320, H/32, W/32) those of
+        `scales`, sizes rounded up.
+
+        `_plain` says what is computed, `models.cpu` how on a CPU.
+        """
+        return features(self, images, self._plain, EfficientNetProgram)
+
+    def _plain(self, images: Tensor) -> list[Tensor]:
         x = F.relu6(self.stem(images * self.gain + self.shift))
         maps = []
         for i, block in enumerate(self.blocks):
@@ -119,8 +127,8 @@ def own_name(name: str) -> str:
         number, part, last = match.groups()
         return f"blocks.{number}.{PARTS.get(part, part)}.{last}"
     if match := re.fullmatch(r"blocks\.([0-6])\.([0-3])\.(\w+)\.(\w+)", name):
-        stage, i, part, last = match.groups()
-        number = sum(repeats for repeats, *_ in STAGES[: int(stage)]) + int(i)
-        parts = TIMMS_PARTS if int(stage) else TIMMS_FIRST_PARTS
-        return f"blocks.{number}.{parts.get(part, part)}.{last}"
+        stage, i, part, last = int(match[1]), int(match[2]), match[3], match[4]
+        if i < STAGES[stage][0]:  # EfficientNet-Lite1 has more of the same blocks
+            parts = TIMMS_PARTS if stage else TIMMS_FIRST_PARTS
+            return f"blocks.{sum(repeats for repeats, *_ in STAGES[:stage]) + i}.{parts.get(part, part)}.{last}"
     return name

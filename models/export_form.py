@@ -20,7 +20,7 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from models.backbone import EfficientNetLite0Features, ResNetFeatures
-from models.cpu.resnet import without_batch_norms
+from models.cpu.features import without_batch_norms
 from models.fastflow import FastFlow, Flow, FlowStep
 
 

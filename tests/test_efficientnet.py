@@ -88,8 +88,9 @@ def test_a_block_that_is_missing_or_too_many_is_named(tmp_path, small_config, dr
     lacking = {name: value for name, value in weights.items() if name != "blocks.3.1.conv_dw.weight"}
     with pytest.raises(UserError, match=r"blocks\.6\.depthwise\.conv\.weight is missing"):
         load_backbone(layer, small_config, str(torch_files.save(tmp_path / "w.pth", lacking)), [])
-    more = weights | {"blocks.3.3.conv_dw.weight": np.ones(3), "blocks.1.0.se.weight": np.ones(3)}
-    with pytest.raises(UserError, match=r"blocks\.1\.se\.weight is not part of this model"):
+    more = weights | {"blocks.1.2.conv_dw.weight": np.ones(3), "blocks.1.0.se.weight": np.ones(3)}
+    both = r"blocks\.1\.2\.conv_dw\.weight is not part of this model; blocks\.1\.se\.weight is not part of this model"
+    with pytest.raises(UserError, match=both):
         load_backbone(layer, small_config, str(torch_files.save(tmp_path / "w.pth", more)), [])
 
 
