@@ -6,16 +6,16 @@ from typing import Any
 
 from datasets.mvtec import list_categories, load_category, load_ground_truth
 from deploy.common.cli import UserError, report_error, run_main, share, warn
+from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import PictureReader
 from utils.config import Config
-from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, prepare
+from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
 from utils.results import UNSTATED, describe_lack, evaluation_line, experiment_folder
 from utils.thresholds import (
     FALSE_ALARM_RATE,
     FILE_NAME,
     PUBLISHED_RULE,
-    PUBLISHED_THRESHOLDS,
     RULES,
     alarm_line,
     broken_promise,
@@ -30,7 +30,8 @@ from utils.thresholds import (
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common_parser("Figures of trained categories, and the thresholds that their decisions use.")
+    description = "Figures of trained categories, and the thresholds that their decisions use."
+    parser = common_parser(description, of_checkpoint=True)
     add_category(parser, "name of a category's folder under --data, or all")
     add_data(parser)
     add_cache(parser)
@@ -54,10 +55,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    config = prepare(args, threshold_rule=args.threshold_rule)
-    if args.false_alarm_rate and config.threshold_rule != "quantile":
-        raise UserError("--false_alarm_rate: goes with --threshold_rule quantile only")
-
+    config = prepare(args)
     folder = experiment_folder(args.exp_dir)
     names = list_categories(Path(args.data)) if args.category == "all" else [args.category]
     results: dict[str, dict[str, Any]] = {}
@@ -90,8 +88,11 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     # ---- everything is read and computed before anything is written
     category = load_category(Path(args.data), name)
     path = folder / ("last.pdparams" if args.is_last else "best.pdparams")
-    model, checkpoint = load_model(config, path)
-    rule = config.threshold_rule
+    model, checkpoint = load_model(config, path, own_overrides(args))
+    config = model.config
+    rule = args.threshold_rule or config.threshold_rule
+    if args.false_alarm_rate and rule != "quantile":
+        raise UserError(f"--false_alarm_rate: goes with --threshold_rule quantile, and the rule of {name} is {rule}")
     held_out = held_out_pictures(category, checkpoint, path) if rule == "quantile" else []
     kept = load_thresholds(path) if rule == PUBLISHED_RULE and not args.threshold_rule else None
     truth = load_ground_truth(category.test, config.size, config.mask_rule)

@@ -1,10 +1,13 @@
 """Train one category: python train.py -cfg ./configs/resnet18.yaml --data ./data --exp_dir exp -cat bottle"""
 
 import argparse
+import contextlib
+import math
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +16,11 @@ from typing import TYPE_CHECKING
 import yaml
 
 from deploy.common.cli import UserError, interval, positive_int, run_main
-from deploy.common.files import hold_folder, make_folder, write_text, write_whole
+from deploy.common.files import hold_folder, make_folder, put_aside, write_text, write_whole
 from deploy.common.imaging import PictureReader
 from utils.config import Config
-from utils.history import EpochRow, best_row, draw_curves, epoch_line, is_evaluated, waited_for, write_csv
-from utils.log import make_logger
+from utils.history import EpochRow, best_row, draw_curves, epoch_line, is_evaluated, may_stop, waited_for, write_csv
+from utils.log import make_logger, time_bar
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, prepare
 from utils.results import category_folder, describe_backbone, describe_lack, evaluation_line, published_line
 
@@ -56,7 +59,6 @@ def main() -> None:
     config = prepare(args, **options, amp=args.amp or None)
 
     import paddle  # this and what imports it: only after prepare() has set the runtime up
-    from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from datasets.check import check
@@ -90,61 +92,68 @@ def main() -> None:
     training = Training(FastFlow(config), config, [category.name_of(path) for path in held_out])
     extractor = training.model.feature_extractor
     folder = make_folder(category_folder(args.exp_dir, category.name))
-    if distributed.is_first():
-        hold_folder(folder)
+    let_go = hold_folder(folder) if distributed.is_first() else None
     last = folder / "last.pdparams"
     # The first process decides for all: where another has no such file, it must not start while they go on.
     (resumed,) = distributed.from_first(lambda: (args.resume and last.exists(),))
-    if resumed:
-        training.resume(last)
-    else:
-        training.backbone = load_backbone(extractor, config, args.backbone_weights, train_pictures)
-    distributed.train_together(training.model)
-    budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-    features = FeatureCache(extractor, train_pictures, config.size, budget, "training pictures", read)
-    evaluate = None
-    if distributed.is_first():  # which alone evaluates
-        evaluate = Evaluation(training, [image.path for image in category.test], truth, held_out, budget, read)
-        if args.verbose:
-            print(f"features kept in: {features.place} (train), {evaluate.place} (test)", file=sys.stderr)
+    with saying_how_to_go_on(training, folder, resumed):
+        if resumed:
+            training.resume(last)
+        else:
+            training.backbone = load_backbone(extractor, config, args.backbone_weights, train_pictures)
+        distributed.train_together(training.model)
+        budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
+        features = FeatureCache(extractor, train_pictures, config.size, budget, "training pictures", read)
+        evaluate = aside = None
+        if distributed.is_first():  # which alone evaluates and writes
+            evaluate = Evaluation(training, [image.path for image in category.test], truth, held_out, budget, read)
+            if args.verbose:
+                print(f"features kept in: {features.place} (train), {evaluate.place} (test)", file=sys.stderr)
+            if not resumed and (last.exists() or (folder / "best.pdparams").exists()):
+                aside = put_aside(folder, let_go)
 
-    # ---- training
-    logger = make_logger(folder / "train.log", silent=not distributed.is_first())
+        # ---- training
+        logger = make_logger(folder / "train.log", silent=not distributed.is_first())
 
-    def say(line: str) -> None:
-        logger.info(f"{category.name}  {line}")
+        def say(line: str) -> None:
+            logger.info(f"{category.name}  {line}")
 
-    for line in found:
-        say(line)
-    say(f"{len(train_pictures)} training, {len(held_out)} held-out and {len(category.test)} test pictures")
-    introduce(training, say)
-    if args.resume and not resumed:
-        say(f"no {last} to go on from: starting at epoch 1")
-    if resumed and distributed.is_first():
-        follow_last(folder, config, training.history)
-    epochs = range(len(training.history) + 1, config.epochs + 1)
-    with logging_redirect_tqdm([logger]), tqdm(epochs, category.name, unit="epoch", disable=None) as bar:
-        for epoch in bar:
-            if waited_for(training.history) >= config.patience:
-                say(f"no new best for {config.patience} epochs: stop")
-                break
-            distributed.meet()  # the first process comes later: it also fills more caches and writes the checkpoints
-            started = time.perf_counter()
-            loss = training.epoch(features, say)
-            measured = (None, None, None)
-            if is_evaluated(epoch, config):
-                measured = distributed.from_first(evaluate)
-                if category.test:
-                    logger.info(evaluation_line(*measured[:2]))
-            training.record(loss, *measured, time.perf_counter() - started)
-            if distributed.is_first():
-                save_checkpoint(last, training.content())
-                follow_last(folder, config, training.history)
-                say(epoch_line(training.history))
-    if distributed.is_first():
-        draw_curves(folder / "curves.png", training.history, category.name)
-    say(f"checkpoints, history.csv and curves.png are in {folder}")
-    conclude(training.history, category.name, args.exp_dir, time.monotonic() - begun, logger.info)
+        for line in found:
+            say(line)
+        say(f"{len(train_pictures)} training, {len(held_out)} held-out and {len(category.test)} test pictures")
+        introduce(training, say)
+        if aside:
+            say(f"the training that was here is kept in {aside}")
+        if args.resume and not resumed:
+            say(f"no {last} to go on from: starting at epoch 1")
+        if resumed and distributed.is_first():
+            follow_last(folder, config, training.history)
+        epochs = range(len(training.history) + 1, config.epochs + 1)
+        iterations = math.ceil(len(features) / config.batch_size)
+        done, total = (epochs * iterations for epochs in (len(training.history), config.epochs))
+        with logging_redirect_tqdm([logger]), time_bar(done, total, at_most=may_stop(config)) as bar:
+            for epoch in epochs:
+                if waited_for(training.history) >= config.patience:
+                    say(f"no new best for {config.patience} epochs: stop")
+                    break
+                bar.set_description_str(f"{category.name}  epoch {epoch}/{config.epochs}")
+                distributed.meet()  # the first process comes later: it also fills more caches, writes the checkpoints
+                started = time.perf_counter()
+                loss = training.epoch(features, say, bar.update)
+                measured = (None, None, None)
+                if is_evaluated(epoch, config):
+                    measured = distributed.from_first(evaluate)
+                    if category.test:
+                        logger.info(evaluation_line(*measured[:2]))
+                training.record(loss, *measured, time.perf_counter() - started)
+                if distributed.is_first():
+                    save_checkpoint(last, training.content())
+                    follow_last(folder, config, training.history)
+                    say(epoch_line(training.history))
+        if distributed.is_first():
+            draw_curves(folder / "curves.png", training.history, category.name)
+        say(f"checkpoints, history.csv and curves.png are in {folder}")
+        conclude(training.history, category.name, args.exp_dir, time.monotonic() - begun, logger.info)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -196,6 +205,50 @@ def introduce(training: "Training", say: Callable[[str], None]) -> None:
     say(f"trainable parameters: {training.model.trainable_parameters():,}")
     if config.eval_interval == -1:
         say("never evaluated (-1): best.pdparams is the last epoch, and all epochs are trained")
+    else:
+        rule = f"stops {config.patience} epochs after the best"
+        if not may_stop(config):
+            rule = f"trains all {config.epochs} epochs"
+        say(f"{rule}; press Ctrl-C and go on with --resume")
+
+
+@contextlib.contextmanager
+def saying_how_to_go_on(training: "Training", folder: Path, resumed: bool) -> Iterator[None]:
+    """Within it Ctrl-C also draws curves.png of the epochs that are done, and says how to go on.
+
+    Args:
+        training: that is interrupted, whose checkpoints are written to `folder`.
+        folder: of the category.
+        resumed: the training goes on from an earlier one in the folder.
+
+    Raises:
+        KeyboardInterrupt: with what to say, in the first of several processes.
+    """
+    from utils import distributed
+
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not distributed.is_first():
+            raise
+        done = resumed or (bool(training.history) and (folder / "last.pdparams").exists())
+        if training.history and done:
+            with contextlib.suppress(KeyboardInterrupt, UserError):  # the second Ctrl-C ends it at once
+                draw_curves(folder / "curves.png", training.history, folder.name)
+        command = command_again(done)
+        if distributed.processes() > 1:
+            command = "the same command and --resume" if done else "the same command"  # of the launcher, unknown here
+        state = f"the epochs so far are in {folder}; go on with" if done else "no epoch is done yet; start again with"
+        raise KeyboardInterrupt(state, command) from interrupt
+
+
+def command_again(resume: bool) -> str:
+    """This process's command line as a shell takes it, or the one that resumes it, without --backbone_weights then."""
+    known = argparse.ArgumentParser(add_help=False)
+    known.add_argument("--resume", action="store_true")
+    known.add_argument("--backbone_weights")
+    words = known.parse_known_args(sys.orig_argv)[1] if resume else sys.orig_argv
+    return shlex.join([*words, *["--resume"] * resume])
 
 
 def conclude(history: Sequence[EpochRow], name: str, exp_dir: str, seconds: float, log: Callable[[str], None]) -> None:

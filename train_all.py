@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TextIO
 
 from datasets.mvtec import MVTEC_CATEGORIES, list_categories
 from deploy.common import runtime
@@ -23,6 +22,7 @@ from deploy.common.cli import UserError, positive_int, run_main
 from deploy.common.files import make_folder
 from utils.config import Config, load_config
 from utils.history import EpochRow, best_row, finished
+from utils.log import fitted
 from utils.options import add_data, experiment_parser
 from utils.results import experiment_folder, figure
 
@@ -191,7 +191,8 @@ class Board:
         if self._terminal:
             self.show(name, f"running  {line.removeprefix(name).strip()}")
         if self._alone or not self._terminal:
-            self._write(line if line.startswith(name) else f"{name}  {line}")
+            line = line if line.startswith(name) else f"{name}  {line}"
+            self._write(fitted(line) if self._terminal else line)
 
 
 class Trainings:
@@ -270,13 +271,12 @@ class Trainings:
 
     def _train_on(self, gpu: str | None, name: str) -> str | None:
         folder = make_folder(self._folder / name)
-        with open(folder / OUTPUT, "a", encoding="utf-8") as output:
+        history = trained_so_far(folder, self._config)
+        if not finished(history, self._config):
+            reason = self._run_process(gpu, name, bool(history), folder)
+            if reason:
+                return reason
             history = trained_so_far(folder, self._config)
-            if not finished(history, self._config):
-                reason = self._run_process(gpu, name, bool(history), output)
-                if reason:
-                    return reason
-                history = trained_so_far(folder, self._config)
         best = best_row(history)
         self._board.show(
             name,
@@ -285,7 +285,7 @@ class Trainings:
         )
         return None
 
-    def _run_process(self, gpu: str | None, name: str, resume: bool, output: TextIO) -> str | None:
+    def _run_process(self, gpu: str | None, name: str, resume: bool, folder: Path) -> str | None:
         arguments, environ = on_device(gpu, self._environ)
         command = [*script("train.py"), *self._options, "-cat", name, *arguments]
         with self._lock:
@@ -307,11 +307,13 @@ class Trainings:
         last = ""
         with process:
             for line in process.stdout:
-                output.write(line)
-                output.flush()
+                # Opened anew each time: a training that starts puts the folder of an earlier one aside.
+                with open(make_folder(folder) / OUTPUT, "a", encoding="utf-8") as output:
+                    output.write(line)
                 if line.strip():
                     last = line.strip()
-                    self._board.printed(name, line.rstrip())
+                    if not self._stopped:  # then it says how that one training goes on
+                        self._board.printed(name, line.rstrip())
         if process.returncode < 0:
             return f"ended by {signal.Signals(-process.returncode).name} after: {last}"
         if process.returncode:

@@ -33,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.common.cli import DISK_FULL, UserError, run_main
+from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.files import flush, hold_folder, make_folder, sha256
 from deploy.common.imaging import MEAN, PUBLISHED_RULE, STD
-from utils.options import add_category, common_parser, prepare
+from utils.options import add_category, common_parser, own_overrides, prepare
 from utils.results import category_folder
-from utils.thresholds import FILE_NAME, PUBLISHED_THRESHOLDS, load_thresholds
+from utils.thresholds import FILE_NAME, load_thresholds
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -50,7 +51,7 @@ OUTPUTS = ("anomaly_map", "smoothed_map", "image_score")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common_parser("Turn the best checkpoint of a category into an inference model.")
+    parser = common_parser("Turn the best checkpoint of a category into an inference model.", of_checkpoint=True)
     add_category(parser, "category whose checkpoint is exported")
     parser.add_argument("--save_inference_dir", default="./results/inference", help="written to (%(default)s)")
     parser.add_argument(
@@ -79,7 +80,8 @@ def main() -> None:
     if to_onnx:
         versions |= converter_versions()
     checkpoint_path = category_folder(args.exp_dir, args.category) / "best.pdparams"
-    model, checkpoint = load_model(config, checkpoint_path)
+    model, checkpoint = load_model(config, checkpoint_path, own_overrides(args))
+    config = model.config
     thresholds = load_thresholds(checkpoint_path) or PUBLISHED_THRESHOLDS
     target = make_folder(Path(args.save_inference_dir))
     description = {

@@ -6,7 +6,6 @@ or all ONNX Runtime or OpenVINO. No training code.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -26,12 +25,12 @@ from deploy.common.cli import (
     non_negative_int,
     positive_int,
     printable,
-    report_error,
     run_main,
     warn,
 )
-from deploy.common.files import make_folder, sha256, write_text
+from deploy.common.files import sha256
 
+EXAMPLE = "images/bottle_bad.png"
 PACKAGES = "numpy opencv-python-headless pillow pyyaml"  # beside the runtime
 
 
@@ -46,9 +45,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")
-    add_pictures(parser, "the exported model's", image_path="images/bottle_bad.png")
+    add_pictures(parser, "the exported model's", image_path=EXAMPLE)
     parser.add_argument("--output_dir", help="write a picture with heat map and mask per input here")
-    parser.add_argument("--save_json", metavar="FILE", help="write the results here, a line of JSON per picture")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
     return parser.parse_args()
 
@@ -58,44 +56,26 @@ def main() -> int:
     if args.batch_size > args.max_batch_size:
         warn(f"--batch_size {args.batch_size} is larger than --max_batch_size; {args.max_batch_size} is used")
         args.batch_size = args.max_batch_size
-    from deploy.common.imaging import (
-        PUBLISHED_RULE,
-        PictureReader,
-        decision_line,
-        describe_thresholds,
-        draw_result,
-        drawing_paths,
-        drawn_size,
-        label,
-        list_images,
-        preprocess,
-        write_picture,
-    )
+    from deploy.common.decisions import Results, Thresholds
+    from deploy.common.imaging import PUBLISHED_RULE, PictureReader, drawing_paths, drawn_size, list_images, preprocess
 
-    paths = list_images(args.image_path)
+    paths = list_images(*(args.image_path or [EXAMPLE]))
     folder = Path(args.save_inference_dir)
     description = read_description(folder, args.backend)
     height, width = description["input_size"]
-    image_threshold, rule = description["image_threshold"], description["threshold_rule"]
-    pixel_threshold, pixel_rule = description["pixel_threshold"], description["pixel_threshold_rule"]
-    calibrated = rule != PUBLISHED_RULE
-    if args.image_threshold is not None:
-        image_threshold, rule = args.image_threshold, "--image_threshold"
-    if args.pixel_threshold is not None:
-        pixel_threshold, pixel_rule = args.pixel_threshold, "--pixel_threshold"
+    numbers = description["image_threshold"], description["pixel_threshold"]
+    stored = Thresholds(*numbers, description["threshold_rule"], description["pixel_threshold_rule"])
+    thresholds = stored.or_given(args)
     drawings = drawing_paths(paths, Path(args.output_dir)) if args.output_dir else {}
-    for target in (args.save_json and Path(args.save_json).parent, args.output_dir):
-        if target:
-            make_folder(Path(target))  # better said now than after all the work
+    results = Results(paths, thresholds, drawings, args.save_json)
     sizes = {len(paths[start : start + args.batch_size]) for start in range(0, len(paths), args.batch_size)}
     # A smaller last batch would want a graph of its own, which a few runs do not make up for; --winograd asks for it.
     worthwhile = len(sizes) == 1 or len(paths) > 20 * args.batch_size or args.winograd
     options = asked_for(args, sizes if worthwhile else ())
     model = load_exported(folder, args.backend, options)
 
-    if calibrated and (args.image_threshold is None or args.pixel_threshold is None):
-        chosen = describe_thresholds(image_threshold, rule, pixel_threshold, pixel_rule)
-        print(f"thresholds: {chosen}; {folder / 'inference.yml'}")
+    if stored.rule != PUBLISHED_RULE and None in (args.image_threshold, args.pixel_threshold):
+        print(f"thresholds: {thresholds.describe()}; {folder / 'inference.yml'}")
 
     import numpy as np
 
@@ -105,18 +85,15 @@ def main() -> int:
         for size in sizes:
             model.run(blank[:size])
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
-    results: dict[Path, dict[str, Any]] = {}
-    try:
+    with results:
         for start in range(0, len(paths), args.batch_size):
             begun = time.perf_counter()
             inputs, pictures = [], {}  # what the model takes, and what is drawn: full-size pictures may be large
             for path in paths[start : start + args.batch_size]:
-                results[path] = {"path": str(path)}
                 try:
                     picture = read_picture(path)
                 except UserError as error:
-                    report_error(error)  # the other pictures still count
-                    results[path]["error"] = str(error)
+                    results.fail(path, error)
                     continue
                 inputs.append(preprocess(picture, height, width, description["mean"], description["std"]))
                 pictures[path] = drawn_size(picture) if drawings else None
@@ -127,27 +104,14 @@ def main() -> int:
             _, smoothed, scores = model.run(batch)
             run = time.perf_counter()
             for (path, picture), value, anomaly_map in zip(pictures.items(), scores, smoothed, strict=True):
-                score = float(value)
-                print(decision_line(score, image_threshold, path if len(paths) > 1 else None))
-                results[path] |= {"score": score, "label": label(score, image_threshold), "threshold": image_threshold}
-                if drawings:
-                    drawing = draw_result(picture, anomaly_map[0], score, image_threshold, pixel_threshold)
-                    try:
-                        write_picture(drawings[path], drawing)
-                    except UserError as error:
-                        report_error(error)  # its score still counts
-                        results[path]["error"] = str(error)
+                results.add(path, float(value), anomaly_map[0], picture)
             stages = (read - begun, run - read, time.perf_counter() - run)
             times += [tuple(seconds / len(pictures) for seconds in stages)] * len(pictures)
-    finally:  # whatever ended it, what was found is kept
-        if args.save_json:
-            known = [result for result in results.values() if len(result) > 1]  # not of a batch under way
-            write_text(Path(args.save_json), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in known))
     if args.benchmark and times:
         print(f"backend: {model.version}, device: {model.device}, precision: {args.precision}, ", end="")
         print(f"batch_size: {args.batch_size}, threads: {options.threads}, pictures: {len(times)}")
         print_benchmark(np.array(times), model.device)
-    return 2 if any("error" in result for result in results.values()) else 0
+    return 2 if results.errors else 0
 
 
 def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:

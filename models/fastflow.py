@@ -46,8 +46,7 @@ class FlowStep(nn.Layer):
 
     def __init__(self, channels: int, kernel: int, hidden_ratio: float, clamp: float, permutation: np.ndarray) -> None:
         super().__init__()
-        half = channels // 2
-        hidden = int(half * hidden_ratio)
+        half, hidden = channels // 2, _hidden(channels, hidden_ratio)
         self.clamp = clamp
         self.subnet = Subnet(
             nn.Conv2D(half, hidden, kernel, padding="same"),
@@ -95,9 +94,7 @@ class Flow(nn.Layer):
     def __init__(self, channels: int, config: "Config", random: np.random.Generator) -> None:
         super().__init__()
         self.module_list = nn.LayerList()
-        for step in range(config.flow_step):
-            # the paper alternates 3x3 and 1x1 convolutions, and uses 3x3 only for ResNet18
-            kernel = 3 if config.conv3x3_only or step % 2 == 0 else 1
+        for kernel in _kernels(config):
             permutation = random.permutation(channels)
             self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation))
 
@@ -173,17 +170,27 @@ class BothAxes(nn.Layer):
 class FastFlow(nn.Layer):
     """Frozen backbone, and per scale a BatchNorm and a flow to a standard normal z."""
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(self, config: "Config", largest: float = math.inf) -> None:
         """Channels and sizes of the feature maps are the backbone's.
 
+        Args:
+            config: of the model.
+            largest: how many numbers the flows' convolutions may have.
+
         Raises:
-            UserError: no such backbone or feature maps, or the config says something else of them than there is.
+            UserError: no such backbone or feature maps, the config says something else of them than there is, or the
+                flows are larger.
         """
         super().__init__()
+        self.config = config
         random = np.random.default_rng(config.seed)
         self.feature_extractor = build_backbone(config.backbone_name, config.scales)
         shapes = feature_shapes(self.feature_extractor, config.size)  # (C, h, w) per scale
-        _check_channels([c for c, _, _ in shapes], config)
+        channels = [c for c, _, _ in shapes]
+        _check_channels(channels, config)
+        if _flow_numbers(channels, config) > largest:
+            sizes = f"flow_step {config.flow_step} and hidden_ratio {config.hidden_ratio:g}"
+            raise UserError(f"{sizes} make a larger model than there is")
         self.norms = nn.LayerList(
             [FeatureNorm(c, momentum=config.momentum) for c, _, _ in shapes] if config.use_norm else []
         )
@@ -197,8 +204,8 @@ class FastFlow(nn.Layer):
             parameter.name = name  # the optimizer's state is stored under these names: any process can resume
 
     @classmethod
-    def blank(cls, config: "Config") -> "FastFlow":
-        """A model with zeros for weights, to be filled from a checkpoint.
+    def blank(cls, config: "Config", largest: float = math.inf) -> "FastFlow":
+        """A model with zeros for weights, to be filled from a checkpoint; see `__init__`.
 
         It draws no random numbers, which is most of the work of making a model. A new training draws those of the
         backbone too, though it drops them: the flows' start comes after them in Paddle's stream, and with another start
@@ -207,7 +214,7 @@ class FastFlow(nn.Layer):
         zeros = nn.initializer.Constant(0.0)
         nn.initializer.set_global_initializer(zeros, zeros)
         try:
-            return cls(config)
+            return cls(config, largest)
         finally:
             nn.initializer.set_global_initializer(None)
 
@@ -252,6 +259,22 @@ class FastFlow(nn.Layer):
         anomaly_map = sum(maps) / len(maps)
         smoothed = paddle.clip(self.smooth(anomaly_map), 0, 1)  # of ones it would be a little more, by rounding
         return anomaly_map, smoothed, anomaly_map.max(axis=[1, 2, 3])
+
+
+def _hidden(channels: int, ratio: float) -> int:
+    """Hidden channels of a coupling's network."""
+    return int(channels // 2 * ratio)
+
+
+def _kernels(config: "Config") -> list[int]:
+    """Of the convolutions of each step: the paper alternates 3x3 and 1x1, and uses 3x3 only for ResNet18."""
+    return [3 if config.conv3x3_only or step % 2 == 0 else 1 for step in range(config.flow_step)]
+
+
+def _flow_numbers(channels: Sequence[int], config: "Config") -> int:
+    """How many numbers the convolutions of the flows on maps of so many channels have."""
+    areas = sum(kernel**2 for kernel in _kernels(config))
+    return areas * sum(_hidden(c, config.hidden_ratio) * (c // 2 + c) for c in channels)
 
 
 def _check_channels(channels: Sequence[int], config: "Config") -> None:

@@ -47,11 +47,11 @@ def flush(handle: int) -> None:
 
 
 def is_open(path: os.PathLike | str) -> bool:
-    """Whether this process has it open."""
+    """Whether this process has it, or something in it, open."""
     path = os.path.realpath(path)
     for handle in os.listdir("/proc/self/fd"):
         try:
-            if os.readlink(f"/proc/self/fd/{handle}") == path:
+            if f"{os.readlink(f'/proc/self/fd/{handle}')}/".startswith(f"{path}/"):
                 return True
         except FileNotFoundError:
             pass
@@ -80,6 +80,7 @@ def no_folders(path: os.PathLike | str, *args: object, **kwargs: object) -> int:
 OPEN, FSYNC = os.open, os.fsync
 # Functions of `os` as Windows has them.
 STRICT = {
+    "rename": strict(os.rename, checked=1),
     "replace": strict(os.replace, checked=2),
     "unlink": strict(os.unlink, checked=1),
     "open": no_folders,

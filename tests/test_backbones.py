@@ -124,6 +124,13 @@ def test_a_checkpoint_makes_the_same_model_again(trained, saved):
         np.testing.assert_array_equal(value, trained.after[name], err_msg=name)
 
 
+def test_without_a_config_the_checkpoint_knows_its_backbone(trained, saved, config):
+    model, _ = load_model(config, saved, [])
+    assert (model.config.backbone_name, model.config.input_size) == (trained.name, trained.config.input_size)
+    for name, value in published_state(model).items():
+        np.testing.assert_array_equal(value, trained.after[name], err_msg=name)
+
+
 def test_a_checkpoint_of_another_backbone_is_a_line_that_names_both(trained, saved):
     other = "resnet34" if trained.name == "resnet18" else "resnet18"
     with pytest.raises(UserError) as error:

@@ -1,11 +1,12 @@
 """Types of options, and the device that a command is asked for."""
 
 import argparse
+import signal
 
 import pytest
 
 from deploy.common import runtime
-from deploy.common.cli import ArgumentParser, add_pictures, boolean, finite_float, interval
+from deploy.common.cli import ArgumentParser, add_pictures, boolean, finite_float, interval, run_main
 from utils import options
 
 
@@ -36,6 +37,43 @@ def test_thresholds_may_be_negative():
             finite_float(text)
 
 
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        (["--image_path", "a.png", "b.png", "--device", "cpu"], ["a.png", "b.png"]),
+        (["--image_path=a.png", "--image_path", "folder", "*.png"], ["a.png", "folder", "*.png"]),
+        ([], None),
+    ],
+)
+def test_pictures_are_a_list(words, paths):
+    """As a shell hands over an unquoted pattern."""
+    parser = options.common_parser("")
+    add_pictures(parser, "0.8", image_path="example.png")
+    assert parser.parse_args(words).image_path == paths
+
+
+def test_a_command_that_needs_pictures_says_so(capsys):
+    parser = ArgumentParser(prog="predict.py")
+    add_pictures(parser, "0.8")
+    for words in ([], ["--image_path"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(words)
+        assert end.value.code == 2
+        assert "--image_path" in capsys.readouterr().err
+
+
+def test_what_an_interruption_says_follows_it(capsys):
+    def main():
+        raise KeyboardInterrupt("go on with", "python 'a  b.py'")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
+    assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\ngo on with\npython 'a  b.py'\n")
+
+
 def test_an_interval_may_be_never():
     assert (interval("-1"), interval("3")) == (-1, 3)
     for text in ("0", "-2", "1.5"):
@@ -63,6 +101,13 @@ def test_cuda_names_the_device_in_the_published_way(monkeypatch, capsys, words, 
     assert asked == [chosen]
     said = capsys.readouterr().err
     assert said == ("warning: --cuda True: Paddle sees no GPU here; running on the CPU\n" if warned else "")
+
+
+def test_only_commands_that_train_have_a_config_where_none_is_named():
+    parsers = [options.common_parser("", of_checkpoint=whether) for whether in (False, True)]
+    assert [parser.parse_args([]).config for parser in parsers] == ["./configs/resnet18.yaml", None]
+    assert options.own_overrides(parsers[1].parse_args(["-o", "a=1", "-o", "b=2"])) == ["a=1", "b=2"]
+    assert options.own_overrides(parsers[1].parse_args(["-cfg", "x.yaml", "-o", "a=1"])) is None
 
 
 def test_bottle_is_the_category_that_nobody_names():

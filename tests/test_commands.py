@@ -1,14 +1,18 @@
 """The commands end to end, as processes, on a tiny model and the committed pictures."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -18,10 +22,13 @@ import sklearn.metrics
 import yaml
 from PIL import Image
 
+import train
 from deploy.backends import load_exported
+from deploy.common.cli import UserError
 from deploy.common.imaging import decision_line, preprocess, read_rgb
 from tests import forked
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.results import UNSTATED
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -233,6 +240,163 @@ def test_never_evaluated(workplace):
 
 def test_training_all_is_for_another_command(empty):
     assert "sh train.sh" in empty.fail("train.py", "-cat", "all")
+
+
+# ---- train.py: how it ends, and what it says of that
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "stops 30 epochs after the best; press Ctrl-C and go on with --resume"),
+        ({"patience": 5}, "stops 5 epochs after the best; press Ctrl-C and go on with --resume"),
+        ({"selection": "last", "epochs": 40}, "trains all 40 epochs; press Ctrl-C and go on with --resume"),
+        ({"eval_interval": -1}, "never evaluated (-1): best.pdparams is the last epoch, and all epochs are trained"),
+    ],
+)
+def test_the_first_lines_say_when_it_stops(config, changes, line):
+    model = SimpleNamespace(trainable_parameters=lambda: 1000)
+    said = []
+    training = SimpleNamespace(config=dataclasses.replace(config, **changes), backbone=UNSTATED, model=model)
+    train.introduce(training, said.append)
+    assert said[-1] == line
+
+
+def interrupted(place, *options, at_rename, draws=True):
+    """Ctrl-C while train.py gives its n-th file its name; its process, with what it said."""
+    common = ["-cfg", "configs/resnet18.yaml", "--data", "./lite_data", *TINY, "--exp_dir", "exp"]
+    common += ["--epochs", "9", "--batch_size", "24", *map(str, options)]
+    hazards = {"kill_at_rename": at_rename, "signal_at_rename": signal.SIGINT}
+    process = forked.start("train", common, place.folder, without_weights(), draws=draws, **hazards)
+    process.join(100)
+    said = [path.read_text() for path in forked.outputs(place.folder, process.pid)]
+    assert process.exitcode == 130, said
+    assert not list(place.folder.rglob(".*"))
+    return said[0], said[1].partition("error: interrupted\n")[2].splitlines()
+
+
+def test_ctrl_c_draws_the_curves_and_says_how_to_go_on(empty):
+    """In the second epoch, while its checkpoint is written: the files of the first are four."""
+    _, (state, command) = interrupted(empty, at_rename=5)
+    folder = empty.folder / "results/exp/bottle"
+    assert state == "the epochs so far are in results/exp/bottle; go on with"
+    assert command.endswith(" --resume")
+    assert read_rgb(folder / "curves.png").shape == (400, 1000, 3)
+    assert len(empty.history("exp")) == 1
+    assert len(interrupted(empty, "--resume", at_rename=6)[0].splitlines()) > 5
+    assert len(empty.history("exp")) == 2
+
+
+def test_ctrl_c_in_the_first_epoch_says_that_none_is_done(empty):
+    _, (state, command) = interrupted(empty, at_rename=1)  # of the first checkpoint
+    assert state == "no epoch is done yet; start again with"
+    assert "--resume" not in command
+    assert [path.name for path in (empty.folder / "results/exp/bottle").iterdir()] == ["train.log"]
+
+
+def test_a_second_ctrl_c_ends_it_at_once(empty, monkeypatch):
+    """Here it comes in the drawing of the curves, which the first one asked for."""
+
+    class Interrupted:
+        history = ("a row",)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "draw_curves", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="go on with"), train.saying_how_to_go_on(Interrupted, Path(), True):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("typed", "again"),
+    [
+        ("python train.py -cat bottle", "python train.py -cat bottle --resume"),
+        ("python train.py --resume -cat 'my part'", "python train.py -cat 'my part' --resume"),
+        ("python -u train.py --backbone_weights 'a b.npz' -o lr=1e-4", "python -u train.py -o lr=1e-4 --resume"),
+        (
+            "python train.py --test_epochs -1 --backbone_w=w.npz --amp",
+            "python train.py --test_epochs -1 --amp --resume",
+        ),
+        ("python train.py --batch_size 8 --res", "python train.py --batch_size 8 --resume"),
+    ],
+)
+def test_the_command_that_goes_on(monkeypatch, typed, again):
+    monkeypatch.setattr(sys, "orig_argv", shlex.split(typed))
+    assert train.command_again(resume=True) == again
+    assert train.command_again(resume=False) == typed
+
+
+def test_the_command_that_is_said_goes_on(empty):
+    """Pasted into a shell, from a real process that the terminal's Ctrl-C ends."""
+    folder = empty.folder / "re sults"
+    folder.mkdir()
+    empty = Workplace(folder)
+    weights = npz(folder)
+    command = [sys.executable, ROOT / "train.py", "-cfg", "configs/resnet18.yaml", "--data", "lite_data", *TINY]
+    command += ["--exp_dir", "an exp", "--epochs", "3", "--batch_size", "24", "--backbone_weights", weights]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "best epoch: " in line:
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+        error, _, again = process.stderr.read().splitlines()
+    assert (process.returncode, error) == (130, "error: interrupted")
+    assert (folder / "results/an exp/bottle/curves.png").exists()
+    subprocess.run(again, shell=True, cwd=folder, check=True, capture_output=True, timeout=200)
+    assert len(empty.history("an exp")) == 3
+
+
+# ---- train.py: where there is a training already
+
+
+def test_training_again_puts_the_earlier_one_aside(workplace):
+    options = ("--epochs", 1, "--batch_size", 24)
+    workplace.train("twice", *options)
+    folder = workplace.folder / "results/twice"
+    for name in ("thresholds.yaml", "predictions/a.jpg"):
+        (folder / "bottle" / name).parent.mkdir(exist_ok=True)
+        (folder / "bottle" / name).write_text("of the first")
+    first = {path.name: path.read_bytes() for path in (folder / "bottle").iterdir() if path.is_file()}
+    for aside in ("bottle.old", "bottle.old2"):
+        done = workplace.train("twice", *options, "-o", "seed=1")
+        assert f"bottle  the training that was here is kept in results/twice/{aside}\n" in done.stdout
+        assert (folder / "bottle/train.log").read_text() == done.stdout
+    assert {path.name for path in folder.iterdir()} == {"bottle", "bottle.old", "bottle.old2"}
+    kept = folder / "bottle.old"
+    assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == first
+    assert (kept / "predictions/a.jpg").exists()
+    assert not (folder / "bottle/thresholds.yaml").exists()
+    assert not list(folder.rglob(".*"))
+    assert "kept in" not in workplace.train("twice", *options, "--resume", "-o", "seed=1").stdout
+
+
+def test_a_best_checkpoint_alone_is_a_training_too(workplace):
+    """A published one, for example, which --resume cannot go on from."""
+    best = workplace.copy_checkpoint("alone")
+    content = best.read_bytes()
+    done = workplace.train("alone", "--epochs", 1, "--batch_size", 24, "--resume")
+    assert "bottle  the training that was here is kept in results/alone/bottle.old\n" in done.stdout
+    assert "no results/alone/bottle/last.pdparams to go on from: starting at epoch 1" in done.stdout
+    assert [path.read_bytes() for path in best.parent.with_name("bottle.old").iterdir()] == [content]
+
+
+def test_an_earlier_training_that_cannot_be_put_aside_is_one_line(workplace, monkeypatch):
+    """Of another user in a folder with the sticky bit, for example."""
+    best = workplace.copy_checkpoint("stuck")
+    content = best.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(os, "rename", refuse)
+    options = f"train.py -cfg configs/resnet18.yaml --data lite_data --exp_dir stuck {' '.join(TINY)} --epochs 1"
+    monkeypatch.setattr(sys, "argv", options.split())
+    with pytest.raises(UserError, match=r"results/stuck/bottle: cannot be renamed to bottle\.old"):
+        train.main()
+    assert best.read_bytes() == content
 
 
 # ---- eval.py
@@ -462,8 +626,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
     assert workplace.result("untested")["images"] == 0
     assert done.stderr == "warning: bottle: has no test pictures, so there is no AUROC\n"
     done = workplace.evaluate("untested", "--data", tmp_path)
-    _, line = done.stderr.splitlines()
-    assert "--threshold_rule quantile" in line
+    assert "--threshold_rule quantile" in done.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -608,18 +771,128 @@ def test_the_exported_model_carries_the_thresholds(workplace, tmp_path):
 
 def test_predict_a_folder_and_a_pattern(workplace):
     lines = predict(workplace, "--image_path", "lite_data/bottle/test/good").splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert lines[1].startswith("lite_data/bottle/test/good/000.png  ")
+    assert lines[-2] == f"{sum('Anomaly' in line for line in lines)} of 8 anomalies"
     assert lines[-1] == "可视化图在results/exp/bottle/predictions下"
     assert (workplace.folder / "results/exp/bottle/predictions/007.png.jpg").exists()
     predict(workplace, "--image_path", "lite_data/bottle/test/*/000.png")
     assert (workplace.folder / "results/exp/bottle/predictions/broken_small/000.png.jpg").exists()
 
 
+def test_several_paths_to_a_folder_and_json_of_their_own(workplace, tmp_path):
+    """Files, a folder and a pattern; the same from predict.py and infer.py."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.jpg")
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "sub.png")
+    (tmp_path / "x").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "x/a.png")
+    given = [tmp_path / "a.png", tmp_path / "x", f"{tmp_path}/a.*", tmp_path / "x/../a.png", "images/bottle_bad.png"]
+    expected = [*(str(tmp_path / name) for name in ("a.png", "x/a.png", "a.jpg")), "images/bottle_bad.png"]
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir", "exp")
+    model = ("--save_inference_dir", "results/inference")
+    rows = {}
+    for script, options in (("predict.py", common), ("deploy/infer.py", model)):
+        target = tmp_path / script.replace("/", "-")
+        done = workplace.succeed(
+            *(script, *options, "--image_path", *given),
+            *("--output_dir", target / "drawings", "--save_json", target / "new/results.jsonl"),
+        )
+        rows[script] = [json.loads(line) for line in (target / "new/results.jsonl").read_text().splitlines()]
+        assert [row["path"] for row in rows[script]] == expected
+        drawings = sorted(str(path.relative_to(target)) for path in target.rglob("*.jpg"))
+        assert len(drawings) == 4
+        assert [name for name in drawings if name.endswith("/a.png.jpg") and "/x/" not in name] != []
+        assert sum(name.endswith("/x/a.png.jpg") or name.endswith("/a.jpg.jpg") for name in drawings) == 2
+        anomalies = sum(row["label"] == "Anomaly" for row in rows[script])
+        assert f"\n{anomalies} of 4 anomalies\n" in done.stdout
+        assert (f"可视化图在{target}/drawings下\n" in done.stdout) == (script == "predict.py")
+    for one, other in zip(*rows.values(), strict=True):
+        assert one.keys() == other.keys() == {"path", "score", "label", "threshold"}
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+
+
+def test_nothing_is_scored_before_all_names_are_good(workplace, tmp_path):
+    given = ("--image_path", "images/bottle_good.png", "nowhere.png", "--save_json", tmp_path / "results.jsonl")
+    for script, options in (
+        ("predict.py", ("-cfg", "configs/resnet18.yaml", *TINY, "--output_dir", tmp_path / "drawings")),
+        ("deploy/infer.py", ("--save_inference_dir", "results/inference", "--output_dir", tmp_path / "drawings")),
+    ):
+        assert "nowhere.png: no such file" in workplace.fail(script, *options, *given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_single_picture_goes_where_it_is_asked_to(workplace, tmp_path):
+    result = workplace.folder / "results/exp/bottle/result.jpg"
+    result.unlink(missing_ok=True)
+    lines = predict(workplace, "--image_path", "images/bottle_good.png", "--output_dir", tmp_path / "out").splitlines()
+    assert re.fullmatch(r"(Normal|Anomaly) - score:  \d\.\d{3}", lines[1])
+    assert lines[2:] == [f"可视化图在{tmp_path}/out下"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bottle_good.png.jpg"]
+    assert not result.exists()
+
+
+def test_a_threshold_above_all_scores_is_warned_of(workplace):
+    picture = ("--image_path", "images/bottle_bad.png", "--image_threshold", "1.5", "--pixel_threshold", "0.5")
+    for script, options in (
+        ("predict.py", ("-cfg", "configs/resnet18.yaml", *TINY, "--exp_dir", "exp")),
+        ("deploy/infer.py", ("--save_inference_dir", "results/inference")),
+    ):
+        done = workplace.succeed(script, *options, *picture)
+        assert done.stdout.startswith("Normal - score:  ")
+        assert done.stderr == (
+            "warning: image threshold 1.5 (--image_threshold): scores end at 1, so no picture is an anomaly\n"
+        )
+
+
+# ---- without -cfg the settings are those of the checkpoint
+
+
+def test_what_a_checkpoint_was_trained_with_needs_no_config(workplace, tmp_path):
+    """All of TINY is in it; with the published config each of these fails."""
+    published = ("-cfg", "configs/resnet18.yaml", "--exp_dir", "exp")
+    picture = ("--image_path", "images/bottle_good.png")
+    wanted = predict(workplace, *picture)
+    assert workplace.succeed("predict.py", "--exp_dir", "exp", *picture).stdout == wanted
+    assert "trained with input_size 32" in workplace.fail("predict.py", *published, *picture)
+    line = workplace.fail("predict.py", "--exp_dir", "exp", *picture, "-o", "clamp=0.5")
+    assert "trained with clamp 2.0, the config says 0.5" in line
+
+    evaluated = ("eval.py", "--data", "lite_data", "--exp_dir", "exp", "--is_last")
+    own = workplace.succeed(*evaluated).stdout
+    assert own == workplace.succeed(*evaluated, *published, *TINY).stdout
+
+    workplace.succeed("deploy/export_model.py", "--exp_dir", "exp", "--save_inference_dir", tmp_path)
+    description = yaml.safe_load((tmp_path / "inference.yml").read_text())
+    assert description["input_size"] == [32, 32]
+
+
+def test_the_rule_for_thresholds_is_the_checkpoints_too(workplace):
+    content = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")
+    workplace.copy_checkpoint(
+        "own_rule", held_out=["000.png", "001.png"], config={**content["config"], "threshold_rule": "quantile"}
+    )
+    options = ("eval.py", "--data", "lite_data", "--exp_dir", "own_rule", "--false_alarm_rate", "0.5")
+    assert "(quantile)" in workplace.succeed(*options).stdout
+    line = workplace.fail(*options, "-cfg", "configs/resnet18.yaml", *TINY)
+    assert "--false_alarm_rate: goes with --threshold_rule quantile, and the rule of bottle is published" in line
+    assert "(f1)" in workplace.succeed(*options[:-2], "-o", "threshold_rule=f1").stdout
+
+
+def test_a_published_checkpoint_which_holds_no_settings_has_the_published_ones(workplace):
+    content = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")
+    path = workplace.folder / "results/published/bottle/best.pdparams"
+    save_checkpoint(path, {key: content[key] for key in ("epoch", "model_state_dict")})
+    options = ("predict.py", "--exp_dir", "published", "--image_path", "images/bottle_good.png")
+    decision = predict(workplace, *options[-2:], "--image_threshold", "0.8", "--pixel_threshold", "0.8").splitlines()[0]
+    assert workplace.succeed(*options, *TINY).stdout.splitlines()[0] == decision
+    assert "best.pdparams" in workplace.fail(*options)  # of four steps
+
+
 def test_the_name_of_a_picture_forges_no_line_of_predict(workplace, tmp_path):
     for name in ("a\nb.png  Normal - score:  0.001", "c"):
         shutil.copy(ROOT / "images/bottle_good.png", tmp_path / f"{name}.png")
-    first, second = predict(workplace, "--image_path", tmp_path).splitlines()[1:-1]
+    first, second = predict(workplace, "--image_path", tmp_path).splitlines()[1:-2]
     assert (first.partition("  ")[0], second.partition("  ")[0]) == (f"{tmp_path}/a\\nb.png", f"{tmp_path}/c.png")
 
 
@@ -627,7 +900,7 @@ def test_infer_batches_give_the_same_scores(workplace):
     options = ("--save_inference_dir=results/inference", "--image_path=lite_data/bottle/test/good")
     single = workplace.succeed("deploy/infer.py", *options, "--batch_size=1").stdout
     batched = workplace.succeed("deploy/infer.py", *options, "--batch_size=3", "--benchmark=True", "--warmup=1").stdout
-    assert len(single.splitlines()) == 9  # the thresholds come first
+    assert len(single.splitlines()) == 10  # the thresholds come first, the sum last
     assert batched.startswith(single)
     for word in ("preprocess", "inference", "postprocess", "batch_size: 3", "precision", "device: cpu", "memory"):
         assert word in batched
@@ -652,6 +925,7 @@ def test_a_damaged_picture_does_not_stop_the_rest(workplace, tmp_path):
         done = workplace.run(script, *options, "--image_path", tmp_path)
         assert done.returncode != 0
         assert done.stdout.count("score:") == 2
+        assert re.search(r"^\d of 2 anomalies, 1 could not be read$", done.stdout, re.MULTILINE)
         assert len(done.stderr.strip().splitlines()) == 1
         assert "001.png" in done.stderr
 
@@ -860,6 +1134,7 @@ def test_bad_data_damages_no_earlier_result(workplace, tmp_path, damage):
     line = workplace.fail("train.py", *options, "--backbone_weights", npz(tmp_path))
     assert victim.name in line
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not list(folder.parent.glob("bottle.*")), "nothing is moved by a training that cannot start"
 
 
 def npz(folder: Path) -> Path:

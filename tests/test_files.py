@@ -14,7 +14,7 @@ import pytest
 
 from deploy.common import files
 from deploy.common.cli import UserError
-from deploy.common.files import alone, hold_folder, make_folder, write_text, write_whole
+from deploy.common.files import alone, hold_folder, make_folder, put_aside, write_text, write_whole
 from tests import other_systems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,6 +221,66 @@ def test_a_folder_that_is_held_is_held_until_its_process_ends(tmp_path):
             if killed:
                 process.kill()
     assert not list(tmp_path.iterdir())
+
+
+# ---- put_aside
+
+
+def test_what_is_put_aside_is_kept_whole_and_the_new_folder_is_held(system, tmp_path):
+    folder = tmp_path / "part"
+    (folder / "predictions").mkdir(parents=True)
+    (folder / "f.txt").write_text("kept")
+    (tmp_path / "part.old").touch()  # whatever it is
+    (tmp_path / "part.old2").symlink_to("nowhere")
+    assert put_aside(folder, hold_folder(folder)) == tmp_path / "part.old3"
+    assert sorted(path.name for path in (tmp_path / "part.old3").iterdir()) == ["f.txt", "predictions"]
+    assert (tmp_path / "part.old3/f.txt").read_text() == "kept"
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    with pytest.raises(UserError, match=f"{folder}: process {os.getpid()} on .* is at work there"):
+        hold_folder(folder)
+
+
+def test_a_folder_that_cannot_be_renamed_is_a_user_error_and_stays_held(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    folder = make_folder(tmp_path / "part")
+    let_go = hold_folder(folder)
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(UserError, match=r"part: cannot be renamed to part\.old.* \(Operation not permitted\); move it"):
+        put_aside(folder, let_go)
+    with pytest.raises(UserError, match="is at work there"):
+        hold_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+PUT_ASIDE = """
+import sys
+from pathlib import Path
+from deploy.common.files import hold_folder, put_aside
+folder = Path(sys.argv[1])
+let_go = hold_folder(folder)
+print("held", flush=True)
+sys.stdin.readline()
+put_aside(folder, let_go)
+print("aside", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_nobody_puts_the_folder_of_another_process_aside(tmp_path):
+    folder = make_folder(tmp_path / "part")
+    command = [sys.executable, "-c", PUT_ASIDE, folder]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        for word in ("held", "aside"):  # before and after
+            assert process.stdout.readline() == f"{word}\n"
+            with pytest.raises(UserError, match=f"process {process.pid} on .* is at work there"):
+                hold_folder(folder)
+            process.stdin.write("\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "part.old"]
+    assert not list(folder.iterdir()) and not list((tmp_path / "part.old").iterdir()), "an orderly end leaves no locks"
 
 
 def test_a_name_that_is_no_text_is_written_so_that_json_can_be_read(tmp_path):

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_any_content(tmp_path, training, data):
         one_step(training)
         training.average.update()
         training.content()
-    loaded = attempt(load_model, training.config, path)
+    loaded = attempt(load_model, training.config, path, [])
     if loaded:  # what eval.py and export_model.py write of it
         json.dumps(loaded[1].get("backbone"))
         yaml.safe_dump(loaded[1].get("backbone"))

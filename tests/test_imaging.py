@@ -109,6 +109,29 @@ def test_an_empty_path_is_not_the_current_folder(pictures, monkeypatch):
         list_images("")
 
 
+def test_several_paths_come_in_their_order_and_each_file_once(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    (pictures / "link").symlink_to("sub")
+    absolute = f"{pictures}/sub/../sub/d.bmp"
+    given = ["sub", "*.png", "./b.png", "a.JPG", absolute, "link/e.jpeg", "[x]", "note.txt"]
+    assert [str(path) for path in list_images(*given)] == [
+        *("sub/d.bmp", "sub/e.jpeg"),
+        *("b.png", "a.JPG", "[x]/f.tif", "note.txt"),
+    ]
+    with pytest.raises(UserError, match=r"absent\.png: no such file"):
+        list_images("b.png", "absent.png", "a.JPG")
+
+
+def test_drawings_of_relative_absolute_and_upward_paths_stay_in_their_folder(pictures, monkeypatch):
+    monkeypatch.chdir(pictures / "sub")
+    images = [Path("d.bmp"), Path("../b.png"), pictures / "[x]/f.tif"]
+    assert list(drawing_paths(images, Path("out")).values()) == [
+        Path("out/sub/d.bmp.jpg"),
+        Path("out/b.png.jpg"),
+        Path("out/[x]/f.tif.jpg"),
+    ]
+
+
 def test_drawings_keep_the_subfolders_in_which_the_pictures_differ(pictures, tmp_path):
     images = [pictures / "b.png", pictures / "sub" / "d.bmp"]
     out = tmp_path / "out"

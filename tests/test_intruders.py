@@ -16,7 +16,7 @@ from deploy.common.imaging import list_images, read_rgb
 from deploy.common.plain_yaml import MOST_CHARACTERS, parse_yaml
 from deploy.infer import read_description
 from tests.serving import png_that_claims
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, load_model
 from utils.config import load_config
 from utils.pickles import load_pickle
 from utils.results import category_folder, describe_backbone
@@ -57,6 +57,16 @@ def test_a_list_that_holds_itself_is_refused(tmp_path):
     value = []
     value.append(value)
     refused_pickle(tmp_path, pickle.dumps(value, protocol=4))
+
+
+def test_settings_in_a_checkpoint_make_no_model_that_is_larger_than_its_file(tmp_path, config):
+    """Here they ask for one of 150 GB."""
+    huge = {**config.as_dict(), "backbone_name": "wide_resnet50_2", "channels": None, "scales": None}
+    huge |= {"flow_step": 64, "hidden_ratio": 64.0}
+    content = {"epoch": 1, "model_state_dict": {}, "config": huge, "held_out": []}
+    (tmp_path / "best.pdparams").write_bytes(pickle.dumps(content, protocol=4))
+    with pytest.raises(UserError, match=r"best\.pdparams: flow_step 64 and hidden_ratio 64 make a larger model than"):
+        load_model(config, tmp_path / "best.pdparams", [])
 
 
 def test_a_text_in_many_places_does_not_fill_the_memory_of_who_prints_it(tmp_path):

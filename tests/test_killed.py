@@ -77,8 +77,8 @@ def unfinished(folder):
     return [path for path in folder.rglob(".*") if path.name != ".lock"]
 
 
-def assert_usable(folder, whole, mixed=False):
-    """What a killed training has left can be read, and belongs together; `mixed`: it was written over an older one."""
+def assert_usable(folder, whole):
+    """What a killed training has left can be read, and belongs together."""
     folder = folder / FOLDER
     if not (folder / "last.pdparams").exists():
         return
@@ -88,11 +88,11 @@ def assert_usable(folder, whole, mixed=False):
     history = [EpochRow(**row) for row in last["history"]]
     if (folder / "best.pdparams").exists():
         best = load_checkpoint(folder / "best.pdparams")
-        assert mixed or assert_begins(whole, best["history"]) is None
+        assert_begins(whole, best["history"])
         assert best["epoch"] == best_row(history).epoch or best_row(history) is history[-1]
     else:
         assert best_row(history) is history[-1]
-    if (folder / "history.csv").exists() and not mixed:
+    if (folder / "history.csv").exists():
         assert_begins(whole, table(folder.parents[2]))
     targets = (*CHECKPOINTS, "history.csv", "config.yaml", "curves.png")
     assert {path.name for path in unfinished(folder)} <= {f".{name.replace('.', '.part.')}" for name in targets}
@@ -180,20 +180,23 @@ def test_a_training_that_is_killed_before_each_of_its_files_goes_on_to_the_same_
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3, 4, 5])
-def test_a_training_that_is_killed_between_two_files_over_an_older_one_goes_on(tmp_path, trained, renames):
-    """The older one has other losses; nothing of it may be mixed into the new one."""
+def test_a_training_that_is_killed_over_an_older_one_goes_on_and_keeps_that(tmp_path, trained, renames):
+    """The older one, whose folder is renamed first, has other losses; nothing of it may be mixed into the new one."""
     options = [*BY_TEST_SET, "--epochs", "2"]
     whole, _, _ = trained(options)
     older, _, _ = trained([*options, "-o", "seed=1"])
     shutil.copytree(older / "results", tmp_path / "results")
     code, output = finish(tmp_path, "train", *options, *TRAIN, kill_at_rename=renames)
     assert code == -signal.SIGKILL, output
-    assert_usable(tmp_path, table(older) if renames == 1 else table(whole), mixed=True)
-    # Before its first file has its name there is nothing to go on from but the older one.
+    assert_usable(tmp_path, table(older) if renames == 1 else table(whole))
+    # Before that there is nothing to go on from but the older one.
     resume = [] if renames == 1 else ["--resume"]
     code, output = finish(tmp_path, "train", *options, *TRAIN, *resume)
     assert code == 0, output
     assert_same_training(whole, tmp_path)
+    kept = (tmp_path / FOLDER).with_name("bottle.old")
+    for name in (*CHECKPOINTS, "history.csv", "train.log", "curves.png"):
+        assert (kept / name).read_bytes() == (older / FOLDER / name).read_bytes()
 
 
 def test_an_evaluation_that_is_killed_before_each_of_its_files_comes_to_the_same_end(tmp_path, trained):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import utils.report
 from datasets.mvtec import GroundTruth, load_category, load_ground_truth
+from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import TRUE, read_rgb
 from utils.evaluation import Scores, measure, measure_all, measure_defects
 from utils.metrics import aupro
@@ -27,7 +28,6 @@ from utils.report import (
     write_results,
 )
 from utils.results import UNSTATED
-from utils.thresholds import PUBLISHED_THRESHOLDS
 
 
 def row(**changes):

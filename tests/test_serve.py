@@ -198,6 +198,7 @@ def is_clear(said):
         ("application/json", b'{"image": "", "image_threshold": NaN}', 422, "image_threshold"),
         ("application/json", b'{"image": "", "image_threshold": 1e999}', 422, "image_threshold"),
         ("application/json", b'{"image": "", "image_threshold": -1}', 422, "image_threshold"),
+        ("application/json", b'{"image": "", "image_threshold": 1.5}', 422, "less than or equal to 1"),
         ("application/json", b'{"image": "", "pixel_threshold": "high"}', 422, "pixel_threshold"),
         ("application/json", b'{"image": "", "map": "maybe"}', 422, "map"),
         ("application/json", b'{"image": "", "color": 1}', 422, "color"),

@@ -11,10 +11,9 @@ import yaml
 from datasets.layout import Folder
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError
+from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
 from utils.evaluation import Scores, measure_all
 from utils.thresholds import (
-    PUBLISHED_THRESHOLDS,
-    Thresholds,
     alarm_line,
     broken_promise,
     calibrate_f1,

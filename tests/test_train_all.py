@@ -304,6 +304,15 @@ def test_there_are_no_more_jobs_than_categories(place):
     assert {note["PADDLE_LOCAL_SIZE"] for note in place.notes()} == {"2"}
 
 
+def test_what_a_training_prints_is_logged_where_its_folder_is(place):
+    """It puts the folder of an earlier training aside in the midst of its lines."""
+    aside = "print('before', flush=True)\ntime.sleep(0.5)\nfolder.rename(f'{folder}.old')\nfolder.mkdir()\ntry:"
+    (place.folder / "train.py").write_text(TRAIN.replace("try:", aside, 1))
+    assert place.run("bottle").returncode == 0
+    lines = [(place.folder / f"results/exp/{name}/output.log").read_text() for name in ("bottle.old", "bottle")]
+    assert (lines[0], lines[1].count("Epoch")) == ("before\n", 2)
+
+
 def test_a_terminal_shows_a_line_per_category(place):
     for name in ("a", "b", "broken"):
         (place.folder / "data" / name / "test").mkdir(parents=True)

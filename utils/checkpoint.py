@@ -7,7 +7,9 @@ pictures that training did not see), `average` (with a moving average of the wei
 `model_state_dict` holds: the parameters that training goes on from) and `loss_scale` (in float16 training).
 """
 
+import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from deploy.common.cli import UserError
 from deploy.common.files import write_whole
 from models.backbone import BACKBONES
 from models.fastflow import FastFlow, FlowStep
-from utils.config import Config, check_known, keys_that_decide
+from utils.config import Config, check_known, keys_that_decide, updated
 from utils.history import EpochRow
 from utils.pickles import load_pickle
 from utils.results import OFFLINE
@@ -167,14 +169,29 @@ def selection_of(checkpoint: dict[str, Any], is_last: bool) -> str:
     return "last" if selection == "last" or all_epochs else "last_by_patience"
 
 
-def load_model(config: Config, path: Path) -> tuple[FastFlow, dict[str, Any]]:
+def load_model(
+    config: Config, path: Path, own_overrides: Sequence[str] | None = None
+) -> tuple[FastFlow, dict[str, Any]]:
     """The model of a checkpoint, backbone included, in eval mode; and the checkpoint.
+
+    Args:
+        config: of the model.
+        path: the checkpoint.
+        own_overrides: if not None, the checkpoint's own settings, with these overrides, take the place of those of the
+            config, as far as it holds any: published files hold none.
 
     Raises:
         UserError: no such file, damaged, of another architecture, or trained under settings that the config changes.
     """
     checkpoint = load_checkpoint(path)
-    model = FastFlow.blank(config)
+    largest = math.inf
+    if own_overrides is not None:
+        config = updated(config, checkpoint.get("config", {}), f"{path}: its config", own_overrides)
+        largest = path.stat().st_size / 4  # of float32: a stranger's settings may ask for more than the memory holds
+    try:
+        model = FastFlow.blank(config, largest)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     fill_model(model, config, checkpoint, path)
     model.eval()
     return model, checkpoint

@@ -1,5 +1,6 @@
 """The configuration: read once, checked once, then passed down. `python -m utils.config` lists its keys."""
 
+import copy
 import dataclasses
 import math
 import operator
@@ -246,6 +247,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
         _override(values, override)
     values.update({key: value for key, value in options.items() if value is not None})
     return parse_config(values, f"config {path}")
+
+
+def updated(config: Config, stored: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """The config with those stored settings that it knows in the place of its own, then overrides as in `load_config`.
+
+    Raises:
+        UserError: an override is wrong, or does not go together with what is stored; the message begins with `source`.
+    """
+    values = config.as_dict()
+    values.update({key: value for key, value in copy.deepcopy(stored).items() if key in values})
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, source)
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:

@@ -68,6 +68,11 @@ def waited_for(history: Sequence[EpochRow]) -> int:
     return history[-1].epoch - best_row(history).epoch
 
 
+def may_stop(config: Config) -> bool:
+    """Whether patience may end a training before its last epoch: something chooses the best one."""
+    return config.selection != "last" and config.eval_interval > 0
+
+
 def is_evaluated(epoch: int, config: Config) -> bool:
     """Whether the test pictures and those held out are scored after this epoch, counted from 1."""
     return config.eval_interval > 0 and (epoch % config.eval_interval == 0 or epoch == config.epochs)

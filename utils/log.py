@@ -1,15 +1,26 @@
 """The lines of a training, on the terminal and in train.log."""
 
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.common.cli import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm  # scripts import it where they can say that it is missing
+
+# How the parts of a line begin that a narrow terminal can do without, which train.log has; the first of them first. An
+# epoch's AUROCs are in the line before.
+DISPENSABLE = ("avg_", "lr:", ("pixel auroc:", "image auroc:"), "held-out loss")
 
 
 def make_logger(path: Path, silent: bool) -> logging.Logger:
     """A logger that prints plain lines and adds them to the end of the file; a silent one drops them.
+
+    A terminal gets them as `fitted` to it, whatever reads them elsewhere as they are.
 
     Logging raises a UserError where the file cannot be written later on, and goes on without a terminal.
 
@@ -30,7 +41,49 @@ def make_logger(path: Path, silent: bool) -> logging.Logger:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+    if sys.stdout.isatty():
+        handlers[0].setFormatter(_Fitted())
     return logger
+
+
+def fitted(line: str) -> str:
+    """A log line for the terminal: where it is too narrow, without what matters least there, then in several lines."""
+    from tqdm.utils import disp_len  # columns; a Chinese sign takes two
+
+    columns = shutil.get_terminal_size().columns
+    parts = line.split(" - ")
+    for least in DISPENSABLE:
+        if disp_len(" - ".join(parts)) > columns:
+            parts = [part for part in parts if not part.startswith(least)]
+    lines = [""]
+    for word in " - ".join(parts).split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if disp_len(longer) > columns and lines[-1].strip():
+            longer = f"    {word}"
+            lines.append("")
+        lines[-1] = longer
+    return "\n".join(lines)
+
+
+def time_bar(done: int, total: int, at_most: bool) -> "tqdm":
+    """A bar on the terminal that shows the time that passed and the time that is left, by the mean of the steps so far.
+
+    Args:
+        done: steps that an earlier process has done.
+        total: steps in all.
+        at_most: the end may come earlier.
+    """
+    from tqdm import tqdm
+
+    form = f"{{desc}} {{bar}} {{elapsed}}, {'at most ' * at_most}{{remaining}} left"
+    return tqdm(total=total, initial=done, bar_format=form, smoothing=0, dynamic_ncols=True, leave=False, disable=None)
+
+
+class _Fitted(logging.Formatter):
+    """Lines as `fitted` to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fitted(super().format(record))
 
 
 class _LogFile(logging.FileHandler):

@@ -7,11 +7,22 @@ from deploy.common import runtime
 from deploy.common.cli import ArgumentParser, boolean, non_negative_float, warn
 from utils.config import Config, load_config
 
+PUBLISHED_CONFIG = "./configs/resnet18.yaml"
 
-def experiment_parser(description: str) -> ArgumentParser:
-    """A parser with the options that name an experiment and its configuration."""
+
+def experiment_parser(description: str, of_checkpoint: bool = False) -> ArgumentParser:
+    """A parser with the options that name an experiment and its configuration.
+
+    Args:
+        description: of the script.
+        of_checkpoint: without -cfg the script takes what the checkpoint was trained with, see `own_overrides`.
+    """
     parser = ArgumentParser(description=description)
-    parser.add_argument("-cfg", "--config", default="./configs/resnet18.yaml", help="YAML config (%(default)s)")
+    parser.add_argument(
+        *("-cfg", "--config"),
+        default=None if of_checkpoint else PUBLISHED_CONFIG,
+        help=f"YAML config ({'the settings that the checkpoint holds, else ' * of_checkpoint}{PUBLISHED_CONFIG})",
+    )
     parser.add_argument(
         "-o",
         "--override",
@@ -24,9 +35,9 @@ def experiment_parser(description: str) -> ArgumentParser:
     return parser
 
 
-def common_parser(description: str) -> ArgumentParser:
-    """A parser with the options that every script takes which uses one model."""
-    parser = experiment_parser(description)
+def common_parser(description: str, of_checkpoint: bool = False) -> ArgumentParser:
+    """A parser with the options that every script takes which uses one model; see `experiment_parser`."""
+    parser = experiment_parser(description, of_checkpoint)
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="say what the runtime set-up chose")
     return parser
@@ -64,11 +75,11 @@ def add_cuda(parser: ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace, **options: object) -> Config:
-    """Read the config, set up the runtime, import paddle and choose the device.
+    """Read the config, the published one if none is named, set up the runtime, import paddle and choose the device.
 
     `options` are config keys that were given as command-line options; None means not given.
     """
-    config = load_config(args.config, args.override, **options)
+    config = load_config(PUBLISHED_CONFIG if args.config is None else args.config, args.override, **options)
     runtime.import_paddle(args.verbose)
     cuda = getattr(args, "cuda", None)
     device = runtime.select_device("cpu" if cuda is False and args.device == "auto" else args.device)
@@ -81,3 +92,8 @@ def prepare(args: argparse.Namespace, **options: object) -> Config:
 
             print(convolutions.describe(), file=sys.stderr)
     return config
+
+
+def own_overrides(args: argparse.Namespace) -> list[str] | None:
+    """For `utils.checkpoint.load_model`: where no config is named, what -o changes of the checkpoint's own settings."""
+    return args.override if args.config is None else None

@@ -25,8 +25,9 @@ import yaml
 
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError, warn
+from deploy.common.decisions import Thresholds
 from deploy.common.files import regular_file, sha256, write_text
-from deploy.common.imaging import PUBLISHED_RULE, PUBLISHED_THRESHOLD, describe_thresholds
+from deploy.common.imaging import PUBLISHED_RULE, PUBLISHED_THRESHOLD
 from deploy.common.plain_yaml import read_yaml
 from utils.metrics import f1_score
 
@@ -38,23 +39,6 @@ CHANCE = 0.01  # below this probability something else than chance is at work
 FALSE_ALARM_RATE = 0.05  # of the rule quantile, where none is asked for
 FILE_NAME = "thresholds.yaml"
 RULES = (PUBLISHED_RULE, *CALIBRATED)
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """`image` and `pixel`, with the rule that gave each: f1, quantile or published."""
-
-    image: float
-    pixel: float
-    rule: str
-    pixel_rule: str
-
-    def describe(self) -> str:
-        """See `describe_thresholds`."""
-        return describe_thresholds(self.image, self.rule, self.pixel, self.pixel_rule)
-
-
-PUBLISHED_THRESHOLDS = Thresholds(PUBLISHED_THRESHOLD, PUBLISHED_THRESHOLD, PUBLISHED_RULE, PUBLISHED_RULE)
 
 
 @dataclass(frozen=True)

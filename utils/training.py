@@ -174,7 +174,7 @@ class Training:
             self.average.resume(checkpoint.get("average"), str(path))
         if self.scale and "loss_scale" in checkpoint:
             self.scale.resume(checkpoint["loss_scale"], str(path))
-        self.history = history_of(checkpoint, path)
+        history = history_of(checkpoint, path)
         try:
             self.backbone = checkpoint.get("backbone")
             if not self.backbone:
@@ -182,15 +182,19 @@ class Training:
             self.optimizer.set_state_dict(_optimizer_state(self.model, checkpoint["optimizer_state_dict"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise not_ours(path, error) from error
+        self.history = history
         _warn_of_changes(trained, self.config, path)
 
-    def epoch(self, features: FeatureCache, log: Callable[[str], None]) -> float:
+    def epoch(
+        self, features: FeatureCache, log: Callable[[str], None], step_done: Callable[[], object] = lambda: None
+    ) -> float:
         """Go once over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
 
         Args:
             features: of the training pictures.
             log: takes the published log line, every `config.log_interval` iterations and at the first and the last
                 one, and at the end a line about steps that were left out, if any were.
+            step_done: is called after each iteration.
 
         Returns:
             the mean of the iterations' losses, as published: a smaller last batch counts like the others.
@@ -218,6 +222,7 @@ class Training:
             self.average.update()
             total += loss
             times.step_done(len(indices))
+            step_done()
             if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):
                 log(
                     f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - loss = "

@@ -30,17 +30,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: str | None = None) -> None:
-    """Add --image_path and both thresholds.
+    """Add --image_path, a list of one or more, both thresholds and --save_json.
 
     Args:
         parser: of a command that scores pictures.
         thresholds: tells which ones hold where the options are left out.
-        image_path: the picture where none is named; None: one must be.
+        image_path: the picture where none is named, the list is None then; None: one must be.
     """
-    pictures = f"a picture, a folder or a quoted pattern{f' ({image_path})' if image_path else ''}"
-    parser.add_argument("--image_path", required=not image_path, default=image_path, help=pictures)
+    pictures = f"pictures, folders, patterns, one or more{f' ({image_path})' if image_path else ''}"
+    parser.add_argument(
+        "--image_path", nargs="+", action="extend", metavar="PATH", required=not image_path, help=pictures
+    )
     for name, what in (("image", "a picture is an anomaly above it"), ("pixel", "a pixel is in the mask above it")):
         parser.add_argument(f"--{name}_threshold", type=finite_float, help=f"{what} ({thresholds})")
+    parser.add_argument("--save_json", metavar="FILE", help="write the results here, a line of JSON per picture")
 
 
 def boolean(text: str) -> bool:
@@ -118,7 +121,8 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
     """Call a script's `main` and end the process with its exit code; bad input is one line and code 2.
 
     SIGTERM is to `main` what Ctrl-C is, a KeyboardInterrupt, so that nothing half-written is left; it ends with code
-    143 and without a word.
+    143 and without a word. After Ctrl-C each text that the KeyboardInterrupt carries is a line; `main` may raise its
+    own.
 
     Args:
         main: the script; it imports within itself what may not be installed.
@@ -171,6 +175,8 @@ def _report(error: BaseException, packages: str) -> int:
             raise
     except KeyboardInterrupt:
         report_error(Exception("interrupted"))
+        for line in error.args:  # how to go on
+            print(line, file=sys.stderr)
         return 128 + signal.SIGINT
     return 2
 

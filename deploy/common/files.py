@@ -3,7 +3,9 @@
 import atexit
 import contextlib
 import errno
+import functools
 import hashlib
+import itertools
 import os
 import socket
 import time
@@ -39,11 +41,14 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def hold_folder(folder: Path) -> None:
+def hold_folder(folder: Path) -> Callable[[], None]:
     """Keep other processes that call this out of the folder until this one ends, be it by kill -9.
 
     The folder's file `.lock` says which process it is; an orderly end removes it. Where the file system cannot lock
     (some network ones), nobody is kept out.
+
+    Returns:
+        what lets go of it, which the end of the process calls.
 
     Raises:
         UserError: another process holds the folder, which the message names with its number and machine.
@@ -58,7 +63,41 @@ def hold_folder(folder: Path) -> None:
         raise UserError(f"{folder}: process {owner} is at work there; wait for its end or choose another") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    atexit.register(_remove_locked, path, handle)
+    return atexit.register(functools.partial(_remove_locked, path, handle))
+
+
+def put_aside(folder: Path, let_go: Callable[[], None]) -> Path:
+    """Rename a folder that this process holds to `<name>.old`, or the first of `.old2`, `.old3`, ... that is free.
+
+    Then the folder is made anew, empty, and held. Whatever ends the process meanwhile, all is there under one of its
+    names.
+
+    Args:
+        folder: held.
+        let_go: what `hold_folder` has returned.
+
+    Returns:
+        its new name.
+
+    Raises:
+        UserError: it cannot be renamed, or another process has taken its place at once.
+    """
+    names = (folder.with_name(f"{folder.name}.old{number}") for number in itertools.chain([""], itertools.count(2)))
+    aside = next(path for path in names if not os.path.lexists(path))
+    if not fcntl:  # Windows renames no folder in which a file is open
+        atexit.unregister(let_go)
+        let_go()
+    try:
+        os.rename(folder, aside)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be renamed to {aside.name}, to keep what it holds ({error.strerror}); move it away, or "
+            "write to another folder"
+        ) from error
+    flush(folder.parent)
+    hold_folder(make_folder(folder))
+    (aside / ".lock").unlink(missing_ok=True)
+    return aside
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:

@@ -29,15 +29,24 @@ PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
 PUBLISHED_RULE = "published"  # which says so
 
 
-def list_images(path: str | Path) -> list[Path]:
-    """Files, sorted: a file itself, the pictures of a folder (not of its subfolders) or what a glob pattern matches.
+def list_images(*paths: str | Path) -> list[Path]:
+    """Files: a file itself, the pictures of a folder (not of its subfolders) or what a glob pattern matches, sorted.
 
-    Files that are named, by a pattern too, are taken at their word: reading one that is no picture says so.
+    Those of several paths come in the order of these, a file once, whatever paths lead to it. Files that are named, by
+    a pattern too, are taken at their word: reading one that is no picture says so.
 
     Raises:
-        UserError: nothing there.
+        UserError: nothing there, for one of the paths.
     """
-    path = str(path)
+    found = [file for path in paths for file in _files_at(str(path))]
+    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in found}}
+    once: dict[tuple[str, str], Path] = {}
+    for file in found:
+        once.setdefault((folders[file.parent], file.name), file)
+    return list(once.values())
+
+
+def _files_at(path: str) -> list[Path]:
     try:
         if path and Path(path).is_dir():
             found = [file for file in Path(path).iterdir() if is_image(file)]
@@ -71,11 +80,14 @@ def _matches(pattern: str) -> set[Path]:
 def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     """Where to write the drawing of each picture: `folder`, the subfolders in which the pictures differ, name.jpg.
 
+    No two have the same place: the whole name of the picture is kept, `a.png.jpg` is not `a.jpg.jpg`.
+
     Raises:
         UserError: beside several pictures; who asks for all of their folder again would get the drawings scored.
     """
-    top = os.path.commonpath([path.parent for path in images])
-    drawings = {path: folder / f"{path.relative_to(top)}.jpg" for path in images}
+    whole = {path: Path(os.path.abspath(path)) for path in images}  # some may be relative, or lead up
+    top = os.path.commonpath([path.parent for path in whole.values()])
+    drawings = {path: folder / f"{whole[path].relative_to(top)}.jpg" for path in images}
     beside = {path.parent.resolve() for path in images} & {path.parent.resolve() for path in drawings.values()}
     if len(images) > 1 and beside:
         raise UserError(f"{beside.pop()}: holds the pictures; their drawings must go to another folder, or move them")

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,17 +36,17 @@ class Limits:
         return 20 * self.pixels + 10 * self.upload_bytes + 100 * 2**20
 
 
+# Scores end at 1: above a larger threshold nothing would ever be.
+Share = Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
 class Options(BaseModel):
     """What a request may say besides the picture."""
 
     model_config = ConfigDict(extra="forbid")
 
-    image_threshold: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="the picture is an anomaly above it; by default the model's own"
-    )
-    pixel_threshold: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="a pixel is anomalous above it; by default the model's own"
-    )
+    image_threshold: Share = Field(None, description="the picture is an anomaly above it; by default the model's own")
+    pixel_threshold: Share = Field(None, description="a pixel is anomalous above it; by default the model's own")
     map: bool = Field(False, description="true: answer the anomaly map too")
 
 
