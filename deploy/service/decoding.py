@@ -12,6 +12,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from deploy.common.cli import UserError
 from deploy.service.uploads import Limits
 
 GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs 0.1 s of CPU time
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture."""
+
+    item: np.ndarray  # (3, H, W) float32, what the model takes
+    size: tuple[int, int]  # height and width in pixels, upright
+    orientation: int  # of the file's pixels, 1 to 8 as EXIF counts it
 
 
 class Decoders:
@@ -47,8 +57,8 @@ class Decoders:
             decoder.stdin.close()
             await decoder.wait()
 
-    async def decode(self, content: bytes, description: Mapping[str, Any]) -> np.ndarray:
-        """A picture file -> (3, H, W) float32, what the model of this description takes.
+    async def decode(self, content: bytes, description: Mapping[str, Any]) -> Decoded:
+        """A picture file -> the picture, for the model of this description.
 
         Whoever cancels it has the process killed soon, be it in C code: nobody waits for a picture that nobody wants.
 
@@ -93,8 +103,8 @@ def command(limits: Limits) -> list[str]:
     return [sys.executable, str(script), *map(str, (limits.pixels, limits.decode_seconds, limits.decoder_bytes))]
 
 
-async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> np.ndarray | str:
-    """What the process makes of a picture file: (3, H, W) float32, or what is wrong with the file.
+async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> Decoded | str:
+    """What the process makes of a picture file: the picture, or what is wrong with the file.
 
     Raises:
         EOFError, OSError: it has ended.
@@ -110,4 +120,5 @@ async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) 
         return answer["error"]
     height, width = description["input_size"]
     data = await decoder.stdout.readexactly(3 * height * width * 4)
-    return np.frombuffer(data, np.float32).reshape(3, height, width)
+    item = np.frombuffer(data, np.float32).reshape(3, height, width)
+    return Decoded(item, tuple(answer["size"]), answer["orientation"])
