@@ -139,7 +139,7 @@ async function predict(file, model) {
 async function prepareMap(result) {
   try {
     result.map = await readMap(result.png);
-    drawMap(result.card.querySelector(".picture"), result.map, models.get(result.model).pixel_threshold, 1);
+    drawMap(result.card.querySelector(".picture"), result.map, models.get(result.model).pixel_threshold, 320);
   } catch {
     result.noHeat = true;
     result.map = null;

@@ -37,15 +37,16 @@ function grey(canvas, image, width, height) {
   return context.getImageData(0, 0, width, height);
 }
 
-// The colours run from the pixel threshold to a score of 1, as in the pictures of infer.py; `scale` times as large as
-// the map, so that their edge is that of the scores between its pixels.
-function drawHeat(canvas, { image, width, height }, threshold, scale) {
+// The colours run from the pixel threshold to a score of 1, as in the pictures of infer.py. The canvas gets a size of its
+// own, in pixels of its longer side: where it is larger than the map, the scores between the map's pixels count too.
+function drawHeat(canvas, { image, width, height }, threshold, side) {
+  const scale = side / Math.max(width, height);
   const colours = Array.from({ length: 256 }, (_, value) => {
     const above = value / 255 - threshold;
     return above > 0 ? [...colour(above / (1 - threshold)), 255] : [0, 0, 0, 0];
   });
   const lookup = new Uint32Array(new Uint8ClampedArray(colours.flat()).buffer); // four bytes at a time
-  const pixels = grey(canvas, image, scale * width, scale * height);
+  const pixels = grey(canvas, image, Math.ceil(scale * width), Math.ceil(scale * height));
   const drawn = new Uint32Array(pixels.data.buffer);
   for (let i = 0; i < drawn.length; i++) drawn[i] = lookup[pixels.data[4 * i]];
   canvas.getContext("2d").putImageData(pixels, 0, 0);
@@ -60,11 +61,13 @@ function outline({ width, height, values }, threshold) {
   const path = [];
   for (let y = -1; y < height; y++) {
     for (let x = -1; x < width; x++) {
+      const scores = [at(x, y), at(x + 1, y), at(x + 1, y + 1), at(x, y + 1)];
+      if (scores.every((score) => score > level === scores[0] > level)) continue; // nearly all
       const corners = [
-        [x, y, at(x, y)],
-        [x + 1, y, at(x + 1, y)],
-        [x + 1, y + 1, at(x + 1, y + 1)],
-        [x, y + 1, at(x, y + 1)],
+        [x, y, scores[0]],
+        [x + 1, y, scores[1]],
+        [x + 1, y + 1, scores[2]],
+        [x, y + 1, scores[3]],
       ];
       const crossings = [];
       corners.forEach(([x0, y0, from], i) => {
@@ -80,8 +83,8 @@ function outline({ width, height, values }, threshold) {
 }
 
 // The map over a picture: in its canvas and its SVG.
-function drawMap(picture, map, threshold, scale) {
-  drawHeat(picture.querySelector("canvas"), map, threshold, scale);
+function drawMap(picture, map, threshold, side) {
+  drawHeat(picture.querySelector("canvas"), map, threshold, side);
   const drawing = picture.querySelector("svg");
   drawing.setAttribute("viewBox", `0 0 ${map.width} ${map.height}`);
   drawing.querySelector("path").setAttribute("d", outline(map, threshold));

@@ -134,7 +134,7 @@ function enlarge(result) {
   place.querySelector(".error").textContent = remark(result);
   place.querySelector(".from").textContent = model.pixel_threshold.toFixed(3);
   showPicture(place, result);
-  if (result.map) drawMap(place.querySelector(".picture"), result.map, model.pixel_threshold, 4);
+  if (result.map) drawMap(place.querySelector(".picture"), result.map, model.pixel_threshold, 1024);
   element("previous").disabled = !beside(-1);
   element("next").disabled = !beside(1);
   if (!place.open) place.showModal();
