@@ -56,7 +56,7 @@ function show(result) {
   const { card, row, name, model } = result;
   const threshold = models.get(model).threshold.toFixed(3);
   card.dataset.state = row.dataset.state = state(result);
-  card.querySelector("h3").textContent = name;
+  showName(card.querySelector("h3"), name);
   card.querySelector("strong").textContent = text[state(result)];
   card.querySelector(".model").textContent = model;
   card.querySelector(".enlarge").ariaLabel = text.enlarge(name);
@@ -76,6 +76,12 @@ function show(result) {
   cells.forEach((cell, i) => {
     row.cells[i].textContent = cell;
   });
+  showName(row.cells[0], name);
+}
+
+// As text, which may be broken after each folder.
+function showName(node, name) {
+  node.replaceChildren(...name.split(/(?<=\/)/).flatMap((part) => [part, document.createElement("wbr")]));
 }
 
 function remark(result) {
@@ -126,7 +132,7 @@ function enlarge(result) {
   const place = element("large");
   const model = models.get(result.model);
   place.dataset.state = state(result);
-  place.querySelector("h2").textContent = result.name;
+  showName(place.querySelector("h2"), result.name);
   place.querySelector("img").src = result.url;
   place.querySelector("strong").textContent = text[state(result)];
   place.querySelector(".score").textContent = isScored(result) ? result.score.toFixed(3) : "";
