@@ -249,6 +249,14 @@ def test_the_outline_parts_what_is_above_the_pixel_threshold(red_page, tmp_path)
     assert pixels[height // 4, width // 2 - 3 : width // 2 + 3].min(axis=1).max() > 180  # white
 
 
+def test_an_anomaly_without_a_pixel_above_the_threshold_says_so(red_page, tmp_path):
+    red_page.get_by_role("combobox", name="Model").select_option("strict")
+    upload(red_page, *shades(tmp_path, between=235, above=250, normal=20))
+    expect(red_page.locator("article[data-state=waiting]")).to_have_count(0)
+    assert card(red_page, "between.png").locator(".error").inner_text().startswith("No pixel is above")
+    assert red_page.locator("article .error:not(:empty)").count() == 1
+
+
 def test_the_legend_has_the_pixel_threshold_of_the_model(red_page):
     expect(red_page.locator("#pixel-threshold")).to_have_text("0.600")
     red_page.get_by_role("combobox", name="Model").select_option("strict")
@@ -312,6 +320,9 @@ def test_a_picture_is_enlarged_by_click_and_by_key(red_page, tmp_path):
     large.get_by_role("button", name="Previous picture").click()
     expect(large.get_by_role("heading")).to_have_text("three.png")
     expect(large.get_by_role("button", name="Previous picture")).to_be_disabled()
+    for key, name in (("ArrowRight", "two.png"), ("ArrowLeft", "three.png")):
+        red_page.keyboard.press(key)  # although the button has the focus no more
+        expect(large.get_by_role("heading")).to_have_text(name)
     expect(large.locator(".verdict")).to_have_text(re.compile(r"Anomaly\s+0\.980\s+red"))
     red_page.keyboard.press("Escape")
     expect(large).not_to_be_visible()
@@ -338,7 +349,11 @@ def test_a_folder_is_picked_with_the_names_of_its_folders(red_page, tmp_path):
     red_page.set_input_files("#folder", tmp_path / "set")
     expect(red_page.locator("#status")).to_contain_text("3 of 3 pictures, 1 with an anomaly, 0 with an error")
     assert shown_names(red_page) == ["set/day10/a", "set/day2/a", "set/b"]  # the newest first
-    expect(red_page.locator("#notice")).to_contain_text("2 that")
+    expect(red_page.locator("#notice")).to_contain_text("3 pictures in the folder; 2 files left out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("no picture")
+    red_page.set_input_files("#folder", tmp_path / "empty")
+    expect(red_page.locator("#notice")).to_contain_text("0 pictures in the folder; 1 files left out")
 
 
 def test_a_folder_is_dropped_with_the_names_of_its_folders(red_page, tmp_path):
@@ -578,7 +593,7 @@ def test_errors_are_chinese_through_and_through(page):
         )
         words = set(re.findall(r"[A-Za-z]{2,}", told))
         assert words <= {"JPEG", "PNG", "TIFF", "WebP", "MB", *re.findall(r"\w+", NAMES)}, told
-        assert detail.removeprefix("image: ") in english
+        assert re.sub(r"^image: (cannot be read as a picture \((.*)\)$)?", r"\2", detail) in english
     told = page.evaluate("errorText({ status: 502 }, TEXTS.zh)"), page.evaluate("errorText({ status: 0 }, TEXTS.zh)")
     assert told == ("服务器拒绝了请求", "无法连接服务器")
     unknown = {"status": 422, "detail": "image: something $1 new"}

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 RETRY_AFTER = "1"  # seconds; by then some of what is in the way is answered
+PICTURE = "the picture file: PNG, JPEG, BMP, TIFF or WebP, and no animated WebP"
 LONGEST_FIELD = 4096  # bytes of a form's field; with some charsets decoding takes time that grows with their square
 
 
@@ -55,7 +56,7 @@ class Options(BaseModel):
 class JsonRequest(Options):
     """A picture and options as JSON."""
 
-    image: str = Field(description="the picture file, in base64")
+    image: str = Field(description=f"{PICTURE}, in base64")
 
 
 # One address takes either kind of body, which FastAPI cannot tell from a signature.
@@ -64,7 +65,7 @@ FORM_SCHEMA = {
     **OPTIONS_SCHEMA,
     "title": "FormRequest",
     "properties": {
-        "image": {"type": "string", "format": "binary", "description": "the picture file"},
+        "image": {"type": "string", "format": "binary", "description": PICTURE},
         **OPTIONS_SCHEMA["properties"],
     },
     "required": ["image"],

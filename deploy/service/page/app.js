@@ -52,8 +52,8 @@ async function loadModels() {
   try {
     const answer = await fetch("v1/models");
     for (const model of (await answer.json()).models) {
+      if (!models.has(model.name)) element("model").append(new Option(model.name));
       models.set(model.name, { ...model, threshold: model.image_threshold });
-      element("model").append(new Option(model.name));
     }
     showModel();
   } catch {
@@ -85,8 +85,8 @@ function setOpacity() {
 
 // ---- pictures
 
-async function add(found, leftOut = 0) {
-  say(() => (leftOut > 0 ? text.leftOut(leftOut) : ""));
+async function add(found, remark = () => "") {
+  say(remark);
   await loaded;
   if (models.size === 0) await loadModels(); // the server may be there by now
   if (models.size === 0) return;
@@ -137,9 +137,11 @@ async function predict(file, model) {
 
 // A picture whose map cannot be drawn has its score all the same, and the next ones are sent.
 async function prepareMap(result) {
+  const threshold = models.get(result.model).pixel_threshold;
   try {
     result.map = await readMap(result.png);
-    drawMap(result.card.querySelector(".picture"), result.map, models.get(result.model).pixel_threshold, 320);
+    result.noPixel = !result.map.values.some((value) => value / 255 > threshold);
+    drawMap(result.card.querySelector(".picture"), result.map, threshold, 320);
   } catch {
     result.noHeat = true;
     result.map = null;
@@ -192,9 +194,15 @@ element("clear").addEventListener("click", clear);
 element("previous").addEventListener("click", () => go(-1));
 element("next").addEventListener("click", () => go(1));
 element("large-close").addEventListener("click", () => element("large").close());
-element("large").addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (step) go(step);
+  if (step && element("large").open) go(step);
+});
+element("large").querySelector("img").addEventListener("error", () => {
+  if (large.noPreview) return;
+  large.noPreview = true; // its card was not looked at yet
+  show(large);
+  enlarge(large);
 });
 element("large").addEventListener("click", (event) => {
   if (event.target === element("large")) element("large").close(); // beside it

@@ -37,8 +37,8 @@ function grey(canvas, image, width, height) {
   return context.getImageData(0, 0, width, height);
 }
 
-// The colours run from the pixel threshold to a score of 1, as in the pictures of infer.py. The canvas gets a size of its
-// own, in pixels of its longer side: where it is larger than the map, the scores between the map's pixels count too.
+// The colours run from the pixel threshold to a score of 1, as in the pictures of infer.py. `side` is the canvas's longer
+// one in pixels: where it is longer than the map's, the scores between the map's pixels count too.
 function drawHeat(canvas, { image, width, height }, threshold, side) {
   const scale = side / Math.max(width, height);
   const colours = Array.from({ length: 256 }, (_, value) => {

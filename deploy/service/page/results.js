@@ -88,7 +88,8 @@ function remark(result) {
   if (isFailed(result)) return errorText(result, text);
   if (!isScored(result)) return "";
   if (result.noHeat) return text.noHeat;
-  return result.noPreview ? text.noPreview : "";
+  if (result.noPreview) return text.noPreview;
+  return result.noPixel && state(result) === "Anomaly" ? text.noPixel : "";
 }
 
 // Of the space and the turn of a picture: its size and its orientation are the server's words, whatever the browser
@@ -121,7 +122,8 @@ function arrange() {
   });
   const count = (name) => results.filter((result) => state(result) === name).length;
   const all = results.length;
-  element("status").textContent = all ? text.progress(all - count("waiting"), all, count("Anomaly"), count("failed")) : "";
+  const progress = text.progress(all - count("waiting"), all, count("Anomaly"), count("failed"));
+  element("status").textContent = all > 0 ? progress : "";
   element("session").hidden = all === 0;
 }
 

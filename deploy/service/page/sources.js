@@ -23,7 +23,7 @@ async function addDropped(transfer) {
 function addFolders(found) {
   const pictures = found.filter(({ name }) => PICTURE.test(name));
   pictures.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
-  return add(pictures, found.length - pictures.length);
+  return add(pictures, () => text.taken(pictures.length, found.length - pictures.length));
 }
 
 // Everything below an entry of a file system; what cannot be read has no file.

@@ -1,7 +1,7 @@
 "use strict";
 
-// Every text of the page. In `errors` by HTTP status, followed by the server's own words; `details` has the sentences of
-// those that are known in another language, as a pattern and what stands in its place.
+// Every text of the page. In `errors` by HTTP status, followed by the server's own words; `details` says which of its
+// sentences are told in others, by a pattern and what stands in its place.
 const TEXTS = {
   en: {
     language: "中文",
@@ -11,7 +11,8 @@ const TEXTS = {
     tap: "Tap to choose pictures",
     pick: "Choose pictures",
     folder: "Choose folder",
-    leftOut: (count) => `Left out of the folder: ${count} that cannot be read or are no pictures by their names`,
+    taken: (taken, left) =>
+      taken > 0 && left === 0 ? "" : `${taken} pictures in the folder; ${left} files left out that are none by their names`,
     camera: "Camera",
     capture: "Take picture",
     close: "Close",
@@ -54,6 +55,7 @@ const TEXTS = {
     next: "Next picture",
     noPreview: "This browser cannot show this kind of picture; only its heat map is shown.",
     noHeat: "The heat map cannot be drawn in this browser.",
+    noPixel: "No pixel is above the pixel threshold, so nothing is coloured.",
     bar: (score, threshold) => `score ${score}, threshold ${threshold}`,
     progress: (done, all, anomalies, errors) =>
       `${done} of ${all} pictures, ${anomalies} with an anomaly, ${errors} with an error`,
@@ -68,7 +70,7 @@ const TEXTS = {
       503: "The server is busy; try again later",
       other: "The server refused it",
     },
-    details: [],
+    details: [[/^cannot be read as a picture \((.*)\)$/, "$1"]],
   },
   zh: {
     language: "English",
@@ -78,7 +80,7 @@ const TEXTS = {
     tap: "点按选择图片",
     pick: "选择图片",
     folder: "选择文件夹",
-    leftOut: (count) => `文件夹中略过 ${count} 个读不出或文件名不是图片的文件`,
+    taken: (taken, left) => (taken > 0 && left === 0 ? "" : `文件夹中有 ${taken} 张图片，略过 ${left} 个文件名不是图片的文件`),
     camera: "相机",
     capture: "拍照",
     close: "关闭",
@@ -121,6 +123,7 @@ const TEXTS = {
     next: "下一张",
     noPreview: "浏览器无法显示这种图片，只显示热力图。",
     noHeat: "浏览器无法画出热力图。",
+    noPixel: "没有像素超过像素阈值，所以没有着色。",
     bar: (score, threshold) => `分数 ${score}，阈值 ${threshold}`,
     progress: (done, all, anomalies, errors) => `${all} 张图片，已完成 ${done} 张，异常 ${anomalies} 张，出错 ${errors} 张`,
     because: (what, why) => `${what}（${why}）`,
