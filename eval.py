@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import list_categories, load_category, load_ground_truth
-from deploy.common.cli import UserError, report_error, run_main, share
+from deploy.common.cli import UserError, report_error, run_main, share, warn
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
+from deploy.common.imaging import PictureReader
 from utils.config import Config
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
-from utils.results import UNSTATED, evaluation_line, experiment_folder
+from utils.results import UNSTATED, describe_lack, evaluation_line, experiment_folder
 from utils.thresholds import (
     FALSE_ALARM_RATE,
     FILE_NAME,
     PUBLISHED_RULE,
     RULES,
+    alarm_line,
+    broken_promise,
     calibrate_f1,
     calibrate_quantile,
     held_out_pictures,
@@ -78,8 +81,8 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     Raises:
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
-    from utils.checkpoint import epoch_of, load_model, selection_of
-    from utils.evaluation import Scores, measure_all, score_images
+    from utils.checkpoint import epoch_of, load_model, selection_of, white_level_of
+    from utils.evaluation import Scores, measure_all, measure_defects, score_images
     from utils.features import CacheBudget, FeatureCache
 
     # ---- everything is read and computed before anything is written
@@ -96,23 +99,37 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     if first:
         print(f"Model A.D. Param#: {model.trainable_parameters()}")
 
+    read = PictureReader(white_level_of(checkpoint, config))
+
     def score(pictures: list[Path]) -> Scores:
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-        return score_images(model, FeatureCache(model.feature_extractor, pictures, config.size, budget, name))
+        return score_images(model, FeatureCache(model.feature_extractor, pictures, config.size, budget, name, read))
 
     paths = [image.path for image in category.test]
     scores = score(paths)
     figures = measure_all(scores, truth)
     calibration = None
     if rule == "quantile":
-        calibration = calibrate_quantile(held_out[0].parent, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE)
+        calibration = calibrate_quantile(
+            category.good_folders[0].path, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE
+        )
     elif rule == "f1":
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED_THRESHOLDS
     decisions = outcome(thresholds, scores, truth)
+    rate = calibration and calibration.false_alarm_rate
+    defects = measure_defects(scores, truth, category.test, config, thresholds.image)
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
+    if lacking := describe_lack(truth.labels):
+        warn(f"{name}: {lacking}, so there is no AUROC")
+    elif truth.masks is None:
+        warn(f"{name}: has defects without masks under ground_truth, so there are no pixel figures")
+    if paths:
+        print(f"{name}: {alarm_line(decisions, rate)}")
+    if rate and (broken := broken_promise(decisions, rate)):
+        warn(f"{name}: {broken}")
     if args.is_last:
         if rule != PUBLISHED_RULE:
             print(f"{name}: thresholds are stored for best.pdparams only; with --is_last they stay as they are")
@@ -126,7 +143,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         )
     elif args.threshold_rule == PUBLISHED_RULE:
         withdraw_thresholds(path)
-    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds)
+    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds, read)
     if args.save_maps:
         save_maps(folder / "maps.npz", paths, scores, truth)
     return {
@@ -138,8 +155,15 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         "backbone": checkpoint.get("backbone") or UNSTATED,
         "images": len(category.test),
         "anomalous_images": int(truth.labels.sum()),
-        "images_with_mask": sum(image.mask is not None for image in category.test),
-        "decisions": {"rule": thresholds.rule, "image": thresholds.image, "pixel": thresholds.pixel, **decisions},
+        "images_with_mask": sum(bool(image.masks) for image in category.test),
+        "decisions": {
+            "rule": thresholds.rule,
+            "image": thresholds.image,
+            "pixel": thresholds.pixel,
+            "false_alarm_rate": rate,
+            **decisions,
+        },
+        "defects": defects,
     }
 
 

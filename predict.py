@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.common.cli import UserError, add_pictures, run_main
 from deploy.common.decisions import PUBLISHED_THRESHOLDS, Results, Thresholds
-from deploy.common.imaging import drawing_paths, list_images, preprocess, read_rgb
+from deploy.common.imaging import PictureReader, drawing_paths, list_images, preprocess
 from utils.options import add_category, common_parser, own_overrides, prepare
 from utils.results import category_folder
 from utils.thresholds import FILE_NAME, load_thresholds
@@ -29,11 +29,12 @@ def main() -> int:
 
     import paddle
 
-    from utils.checkpoint import load_model
+    from utils.checkpoint import load_model, white_level_of
 
     folder = category_folder(args.exp_dir, args.category)
-    model, _ = load_model(config, folder / "best.pdparams", own_overrides(args))
+    model, checkpoint = load_model(config, folder / "best.pdparams", own_overrides(args))
     thresholds = choose_thresholds(args, folder / "best.pdparams")
+    read = PictureReader(white_level_of(checkpoint, model.config))
     single = images == [Path(args.image_path[0])]  # a file, not a folder with one
     output = Path(args.output_dir) if args.output_dir else folder if single else folder / "predictions"
     published = single and not args.output_dir
@@ -41,7 +42,7 @@ def main() -> int:
     with Results(images, thresholds, drawings, args.save_json) as results:
         for path in images:
             try:
-                picture = read_rgb(path)
+                picture = read(path)
             except UserError as error:
                 results.fail(path, error)
                 continue

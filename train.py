@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,15 @@ import yaml
 
 from deploy.common.cli import UserError, interval, positive_int, run_main
 from deploy.common.files import hold_folder, make_folder, put_aside, write_text, write_whole
+from deploy.common.imaging import PictureReader
 from utils.config import Config
 from utils.history import EpochRow, best_row, draw_curves, epoch_line, is_evaluated, may_stop, waited_for, write_csv
 from utils.log import make_logger, time_bar
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, prepare
-from utils.results import category_folder, describe_backbone, evaluation_line, published_line
+from utils.results import category_folder, describe_backbone, describe_lack, evaluation_line, published_line
 
 if TYPE_CHECKING:
+    from datasets.mvtec import GroundTruth
     from utils.training import Training  # imports paddle, which scripts must set up before
 
 
@@ -37,7 +40,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--test_epochs", type=interval, help="evaluate every N epochs, -1: never; instead of the config's eval_interval"
     )
-    parser.add_argument("--backbone_weights", metavar="FILE", help="ImageNet weights: .pdparams, .npz or .safetensors")
+    parser.add_argument(
+        "--backbone_weights",
+        metavar="FILE",
+        help="ImageNet weights: .pdparams, .npz or .safetensors, or torch's .pth, .pt or .bin",
+    )
     parser.add_argument("--amp", action="store_true", help="mixed precision where it is faster; in eval mode float32")
     parser.add_argument(
         "--resume", action="store_true", help="go on from last.pdparams of the same folder, if it is there"
@@ -54,6 +61,7 @@ def main() -> None:
     import paddle  # this and what imports it: only after prepare() has set the runtime up
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from datasets.check import check
     from datasets.mvtec import hold_out, load_category, load_ground_truth
     from models.fastflow import FastFlow
     from utils import distributed
@@ -67,11 +75,21 @@ def main() -> None:
     distributed.join()
     # ---- data, model, features: what is wrong with them shows here, before anything is written
     category = load_category(Path(args.data), args.category)
-    check_rules(config, category.name, bool(category.test))
+    found: list[str] = []
+
+    def white_level() -> tuple[int | None]:
+        report = check(category, config.holdout, config.white_level)
+        report.stop_at_errors()
+        found.extend(report.lines())
+        return (report.white_level,)
+
+    config = replace(config, white_level=distributed.from_first(white_level)[0])
     train_pictures, held_out = hold_out(category.train, config.holdout, config.seed)
     truth = load_ground_truth(category.test, config.size, config.mask_rule)
+    check_rules(config, category.name, truth)
+    read = PictureReader(config.white_level)
     paddle.seed(config.seed)
-    training = Training(FastFlow(config), config, [path.name for path in held_out])
+    training = Training(FastFlow(config), config, [category.name_of(path) for path in held_out])
     extractor = training.model.feature_extractor
     folder = make_folder(category_folder(args.exp_dir, category.name))
     let_go = hold_folder(folder) if distributed.is_first() else None
@@ -85,10 +103,10 @@ def main() -> None:
             training.backbone = load_backbone(extractor, config, args.backbone_weights, train_pictures)
         distributed.train_together(training.model)
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-        features = FeatureCache(extractor, train_pictures, config.size, budget, "training pictures")
+        features = FeatureCache(extractor, train_pictures, config.size, budget, "training pictures", read)
         evaluate = aside = None
         if distributed.is_first():  # which alone evaluates and writes
-            evaluate = Evaluation(training, [image.path for image in category.test], truth, held_out, budget)
+            evaluate = Evaluation(training, [image.path for image in category.test], truth, held_out, budget, read)
             if args.verbose:
                 print(f"features kept in: {features.place} (train), {evaluate.place} (test)", file=sys.stderr)
             if not resumed and (last.exists() or (folder / "best.pdparams").exists()):
@@ -100,6 +118,8 @@ def main() -> None:
         def say(line: str) -> None:
             logger.info(f"{category.name}  {line}")
 
+        for line in found:
+            say(line)
         say(f"{len(train_pictures)} training, {len(held_out)} held-out and {len(category.test)} test pictures")
         introduce(training, say)
         if aside:
@@ -151,15 +171,16 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
-def check_rules(config: Config, name: str, has_test: bool) -> None:
+def check_rules(config: Config, name: str, truth: "GroundTruth") -> None:
     """Refuse rules that this training could not follow.
 
     Raises:
         UserError: what they need is not there.
     """
-    if config.selection == "test_auroc" and config.eval_interval != -1 and not has_test:
+    lacking = describe_lack(truth.labels)
+    if config.selection == "test_auroc" and config.eval_interval != -1 and lacking:
         raise UserError(
-            f"category {name}: has no test pictures, which selection: test_auroc needs; "
+            f"category {name}: {lacking}, which selection: test_auroc needs to choose a checkpoint; "
             "train with -cfg configs/resnet18_stable.yaml or -o selection=last"
         )
     if config.threshold_rule == "quantile" and not config.holdout:

@@ -142,7 +142,8 @@ def trained_so_far(folder: Path, config: Config) -> list[EpochRow]:
     checkpoint = load_checkpoint(path)
     history = history_of(checkpoint, path)
     trained = checkpoint.get("config", {})
-    changed = [key for key, value in config.as_dict().items() if trained.get(key, value) != value]
+    wanted = {key: value for key, value in config.as_dict().items() if value is not None}  # None: training finds it
+    changed = [key for key, value in wanted.items() if trained.get(key, value) != value]
     if changed:
         was, now = (", ".join(f"{key} {values[key]}" for key in changed) for values in (trained, config.as_dict()))
         raise UserError(

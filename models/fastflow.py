@@ -178,15 +178,17 @@ class FastFlow(nn.Layer):
             largest: how many numbers the flows' convolutions may have.
 
         Raises:
-            UserError: no such backbone, the config says something else of it than it gives, or the flows are larger.
+            UserError: no such backbone or feature maps, the config says something else of them than there is, or the
+                flows are larger.
         """
         super().__init__()
         self.config = config
         random = np.random.default_rng(config.seed)
-        self.feature_extractor = build_backbone(config.backbone_name)
+        self.feature_extractor = build_backbone(config.backbone_name, config.scales)
         shapes = feature_shapes(self.feature_extractor, config.size)  # (C, h, w) per scale
-        _check_shapes(shapes, config)
-        if _flow_numbers([c for c, _, _ in shapes], config) > largest:
+        channels = [c for c, _, _ in shapes]
+        _check_channels(channels, config)
+        if _flow_numbers(channels, config) > largest:
             sizes = f"flow_step {config.flow_step} and hidden_ratio {config.hidden_ratio:g}"
             raise UserError(f"{sizes} make a larger model than there is")
         self.norms = nn.LayerList(
@@ -275,18 +277,13 @@ def _flow_numbers(channels: Sequence[int], config: "Config") -> int:
     return areas * sum(_hidden(c, config.hidden_ratio) * (c // 2 + c) for c in channels)
 
 
-def _check_shapes(shapes: Sequence[tuple[int, int, int]], config: "Config") -> None:
-    """Compare the backbone's feature maps (C, h, w) with what the config says of them and with what a flow needs."""
-    name, channels, maps = config.backbone_name, [c for c, _, _ in shapes], [(h, w) for _, h, w in shapes]
+def _check_channels(channels: Sequence[int], config: "Config") -> None:
+    """Compare the channels of the feature maps with what the config says of them and with what a flow needs."""
+    name = config.backbone_name
     if config.channels not in (None, channels):
-        raise UserError(f"config: channels must be {channels} with {name}, not {config.channels}")
-    height, width = config.size
-    scales = config.scales  # input size / feature map size, for a size that is divided without remainder
-    if scales is not None and [(math.ceil(height / s), math.ceil(width / s)) for s in scales] != maps:
-        sizes = ", ".join(f"{h}x{w}" for h, w in maps)
         raise UserError(
-            f"config: scales {scales} are not those of {name}, whose feature maps of {height}x{width} pictures are "
-            f"{sizes}; leave the key out"
+            f"config: channels must be {channels} with {name} and these scales, not {config.channels}; leave them out "
+            "(-o channels=null)"
         )
     if any(c % 2 for c in channels):
         raise UserError(f"backbone {name}: has {channels} channels, and a flow needs an even number")

@@ -33,8 +33,11 @@ CHANNELS = {
     "resnet34": (64, 128, 256),
     "resnet50": (256, 512, 1024),
     "wide_resnet50_2": (256, 512, 1024),
+    "efficientnet_lite0": (40, 112, 320),
 }
-VARIABLES = {name: f"FASTFLOW_WEIGHTS_{name.upper()}" for name in CHANNELS} | {"resnet18": "FASTFLOW_BACKBONE_WEIGHTS"}
+SCALES = {name: (4, 8, 16) for name in CHANNELS} | {"efficientnet_lite0": (8, 16, 32)}
+RESNETS = [name for name in CHANNELS if "resnet" in name]
+VARIABLES = {name: f"FASTFLOW_WEIGHTS_{name.upper()}" for name in RESNETS} | {"resnet18": "FASTFLOW_BACKBONE_WEIGHTS"}
 
 
 def noise(batch, seed=0):
@@ -80,7 +83,7 @@ def test_the_registry_holds_them():
 
 
 def test_channels_and_sizes_come_from_the_backbone(trained):
-    sizes = [(16, 24), (8, 12), (4, 6)]
+    sizes = [(64 // scale, 96 // scale) for scale in SCALES[trained.name]]
     expected = [(c, *size) for c, size in zip(CHANNELS[trained.name], sizes, strict=True)]
     assert feature_shapes(trained.model.feature_extractor, SIZE) == expected
     features = trained.model.feature_extractor(paddle.to_tensor(noise(2)))
@@ -91,11 +94,11 @@ def test_channels_and_sizes_come_from_the_backbone(trained):
     ]
 
 
-def test_names_and_shapes_of_the_weights_are_paddles(trained):
-    whole = getattr(vision, trained.name)(pretrained=False).state_dict()
+@pytest.mark.parametrize("name", RESNETS)
+def test_names_and_shapes_of_the_weights_are_paddles(name):
+    whole = getattr(vision, name)(pretrained=False).state_dict()
     expected = {name: value.shape for name, value in whole.items() if not name.startswith(("layer4.", "fc."))}
-    own = trained.model.feature_extractor.state_dict()
-    assert {name: value.shape for name, value in own.items()} == expected
+    assert {name: value.shape for name, value in build_backbone(name).state_dict().items()} == expected
 
 
 def test_training_leaves_the_backbone_as_it_was(trained):
@@ -112,7 +115,7 @@ def test_training_leaves_the_backbone_as_it_was(trained):
 
 def test_large_backbones_alternate_kernels(trained):
     kernels = [step.subnet[0].weight.shape[-1] for step in trained.model.nf_flows[0].module_list]
-    assert kernels == ([3, 3] if trained.name in ("resnet18", "resnet34") else [3, 1])
+    assert kernels == ([3, 1] if "50" in trained.name else [3, 3])
 
 
 def test_a_checkpoint_makes_the_same_model_again(trained, saved):
@@ -177,14 +180,23 @@ def test_real_weights_load(real_weights):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["backbone_name=resnet99"], "one of resnet18, resnet34, resnet50, wide_resnet50_2, not 'resnet99'"),
-        (["backbone_name=resnet50"], "channels must be [256, 512, 1024] with resnet50, not [64, 128, 256]"),
-        (["channels=[64]"], "channels must be [64, 128, 256] with resnet18, not [64]"),
+        (["backbone_name=resnet99"], "wide_resnet50_2, efficientnet_lite0, not 'resnet99'"),
+        (
+            ["backbone_name=resnet50"],
+            "channels must be [256, 512, 1024] with resnet50 and these scales, not [64, 128, 256]",
+        ),
+        (["channels=[64]"], "channels must be [64, 128, 256] with resnet18 and these scales, not [64]"),
         (["channels=[]"], "channels must be"),
         (["channels=[64, 128, 255]"], "channels must be"),
-        (["scales=[4, 8, 8]"], "scales [4, 8, 8] are not those of resnet18, whose feature maps of 64x96 pictures are"),
-        (["scales=[4, 8]"], "scales"),
-        (["scales=[]"], "scales"),
+        (["scales=[4, 8, 8]"], "scales must be some of [4, 8, 16, 32] with resnet18, in this order, not [4, 8, 8]"),
+        (["scales=[8, 4]"], "in this order, not [8, 4]"),
+        (["scales=[2, 4]"], "scales must be some of [4, 8, 16, 32]"),
+        (["scales=[]"], "scales must be some of"),
+        (
+            ["scales=[8, 16, 32]"],
+            "channels must be [128, 256, 512] with resnet18 and these scales, not [64, 128, 256]; leave them out "
+            "(-o channels=null)",
+        ),
         (["hidden_ratio=0.001"], "hidden_ratio 0.001"),
     ],
 )
@@ -202,14 +214,63 @@ def test_published_scales_fit_at_any_size(size):
     assert [x.shape for x in named.parameters()] == [x.shape for x in derived.parameters()]
 
 
+# ---- which feature maps
+
+
+@pytest.mark.parametrize("scales", [[4], [32], [8, 32], [4, 8, 16, 32]])
+def test_a_resnet_is_built_as_far_as_it_is_needed(scales):
+    paddle.seed(0)
+    whole = build_backbone("resnet18", [4, 8, 16, 32])
+    layer = build_backbone("resnet18", scales)
+    layers = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(layer, name)]
+    assert len(layers) == {4: 1, 8: 2, 16: 3, 32: 4}[scales[-1]]
+    layer.set_state_dict({name: value for name, value in whole.state_dict().items() if name in layer.state_dict()})
+    images = paddle.to_tensor(noise(1))
+    expected = dict(zip([4, 8, 16, 32], whole(images), strict=True))
+    for compute in (layer, layer._plain):
+        for scale, x in zip(scales, compute(images), strict=True):
+            np.testing.assert_allclose(x.numpy(), expected[scale].numpy(), atol=1e-4 * float(expected[scale].std()))
+
+
+def test_layers_that_are_not_built_are_not_needed_in_a_file_and_others_still_named(tmp_path):
+    config = load_config("configs/resnet18.yaml")
+    whole = {name: value.numpy() for name, value in build_backbone("resnet18", [4, 8, 16, 32]).state_dict().items()}
+    fine = build_backbone("resnet18", [4, 8])
+    np.savez(tmp_path / "w.npz", **whole)
+    load_backbone(fine, config, str(tmp_path / "w.npz"), [])
+    np.savez(tmp_path / "w.npz", **{n: v for n, v in whole.items() if not n.startswith(("layer3.", "layer4."))})
+    load_backbone(fine, config, str(tmp_path / "w.npz"), [])
+    with pytest.raises(UserError, match=r"layer3\.0\.conv1\.weight is missing"):
+        load_backbone(build_backbone("resnet18"), config, str(tmp_path / "w.npz"), [])
+    np.savez(tmp_path / "w.npz", **whole, **{"layer2.2.conv1.weight": np.ones(3)})
+    with pytest.raises(UserError, match=r"layer2\.2\.conv1\.weight is not part"):
+        load_backbone(fine, config, str(tmp_path / "w.npz"), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trained", "asked"), [("[4, 8, 16]", "null"), ("null", "[4, 8, 16]"), ("[8, 16]", "[4, 8]")])
+def test_a_checkpoint_belongs_to_its_scales(tmp_path, trained, asked):
+    def config(scales):
+        return load_config("configs/resnet34.yaml", [*OVERRIDES, "flow_step=1", f"scales={scales}"])
+
+    content = {"epoch": 1, "model_state_dict": published_state(FastFlow(config(trained)))}
+    save_checkpoint(tmp_path / "best.pdparams", content | {"config": config(trained).as_dict()})
+    if asked == "[4, 8]":
+        with pytest.raises(UserError, match=r"trained with scales \[8, 16\], the config says \[4, 8\]"):
+            load_model(config(asked), tmp_path / "best.pdparams")
+    else:
+        load_model(config(asked), tmp_path / "best.pdparams")
+
+
 # ---- a new one
 
 
 class Patches(nn.Layer):
     """A map of patches of 7x7 pixels and one of 14x14; what is left over at the border is dropped."""
 
-    def __init__(self, channels=6):
+    def __init__(self, scales, channels=6):
         super().__init__()
+        assert scales == (7, 14)
         self.fine = nn.Conv2D(3, channels, 7, stride=7)
         self.coarse = nn.Sequential(nn.BatchNorm2D(channels), nn.ReLU(), nn.Conv2D(channels, 10, 2, stride=2))
 
@@ -219,7 +280,7 @@ class Patches(nn.Layer):
 
 
 def test_a_new_backbone_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setitem(BACKBONES, "patches", Backbone(Patches))
+    monkeypatch.setitem(BACKBONES, "patches", Backbone(Patches, levels=(7, 14)))
     config = load_config("configs/resnet34.yaml", ["backbone_name=patches", *OVERRIDES])
     case = trained_model(config)
     assert feature_shapes(case.model.feature_extractor, SIZE) == [(6, 9, 13), (10, 4, 6)]
@@ -239,7 +300,7 @@ def test_a_new_backbone_is_one_line(monkeypatch, tmp_path):
 
 
 def test_a_new_backbone_takes_weight_files(monkeypatch, tmp_path):
-    monkeypatch.setitem(BACKBONES, "patches", Backbone(Patches, left_out=("head.",)))
+    monkeypatch.setitem(BACKBONES, "patches", Backbone(Patches, levels=(7, 14), left_out=("head.",)))
     config = load_config("configs/resnet34.yaml", ["backbone_name=patches", *OVERRIDES])
     weights = {name: value.numpy() for name, value in build_backbone("patches").state_dict().items()}
     layer = build_backbone("patches")
@@ -253,7 +314,7 @@ def test_a_new_backbone_takes_weight_files(monkeypatch, tmp_path):
 
 
 def test_an_odd_number_of_channels_is_refused(monkeypatch):
-    monkeypatch.setitem(BACKBONES, "patches", Backbone(lambda: Patches(7)))
+    monkeypatch.setitem(BACKBONES, "patches", Backbone(lambda scales: Patches(scales, 7), levels=(7, 14)))
     with pytest.raises(UserError, match=r"patches.*\[7, 10\] channels.*even"):
         FastFlow(load_config("configs/resnet34.yaml", ["backbone_name=patches"]))
 

@@ -21,6 +21,7 @@ from deploy.common.cli import UserError
 from deploy.common.imaging import label, list_images, preprocess, read_rgb
 from models.export_form import InferenceForm
 from models.fastflow import FastFlow, per_location_score
+from models.offline_start import calibrated_start
 from tests import forked
 from tests.converter import CONVERTER, INSTALL, needs_converter
 from tests.serving import PREDICT, Process
@@ -35,7 +36,7 @@ BACKENDS = [pytest.param(name, marks=() if name == "paddle" else needs_converter
 
 
 @paddle.no_grad()
-def seeded_model(overrides, images, norm_weight=1.0, subnet_factor=1.0):
+def seeded_model(overrides, images, norm_weight=1.0, subnet_factor=1.0, calibrated=False):
     """A model in eval mode whose norms have learnt the statistics of the images' features; other weights are random."""
     random = np.random.default_rng(0)
     paddle.seed(0)
@@ -48,6 +49,8 @@ def seeded_model(overrides, images, norm_weight=1.0, subnet_factor=1.0):
             parameter.set_value(0.1 * z)
         elif name.endswith(("subnet.0.weight", "subnet.2.weight")):
             parameter.set_value(subnet_factor * parameter)
+    if calibrated:  # a deep backbone's features would vanish
+        calibrated_start(model.feature_extractor, images, seed=0)
     model.train()
     for norm, features in zip(model.norms, model.feature_extractor(paddle.to_tensor(images)), strict=True):
         norm.weight.set_value(paddle.full_like(norm.weight, norm_weight))
@@ -160,6 +163,28 @@ def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend
 
 def test_paddle_without_onednn_agrees_too(model, exported):
     check(model, load_exported(exported / "model", "paddle", Options(threads=1, use_mkldnn=False)))
+
+
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory):
+    """EfficientNet-Lite0 for pictures of odd sides, whose padding is uneven; and the folder of its export."""
+    overrides = ["input_size=[75,101]", "backbone_name=efficientnet_lite0", "channels=null", "scales=[4,8,16,32]"]
+    model = seeded_model([*TINY, *overrides], batch(8, (75, 101)), calibrated=True)
+    options = [word for override in overrides for word in ("-o", override)]
+    return model, checkpoint_and_export(model, tmp_path_factory.mktemp("efficientnet"), *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_agrees_with_efficientnet_too(efficientnet, backend):
+    model, folder = efficientnet
+    loaded = load_exported(folder / "model", backend, Options(threads=1))
+    for count in (1, 3):
+        images = batch(count, (75, 101))
+        results = expected(model, images)
+        assert ((results[2] > 0.1) & (results[2] < 0.999)).all()
+        for actual, result in zip(loaded.run(images), results, strict=True):
+            np.testing.assert_allclose(actual, result, rtol=0, atol=1e-4)
 
 
 def check(model, loaded):
@@ -518,11 +543,9 @@ def test_a_picture_that_cannot_be_written_costs_no_result(exported, tmp_path):
 
 
 def test_what_ends_it_half_way_costs_no_result_before(exported, tmp_path):
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.common.imaging as i\nread = i.read_rgb\n"
-    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.common.imaging as i\nread = i.decode\n"
     code += "def stop(path):\n    if path.name == '005.png': raise KeyboardInterrupt\n    return read(path)\n"
-    code += "i.read_rgb = stop; runpy.run_module('deploy.infer', run_name='__main__')"
+    code += "i.decode = stop; runpy.run_module('deploy.infer', run_name='__main__')"
     options = ["--save_inference_dir", exported / "model", "--image_path", ROOT / "lite_data/bottle/test/good"]
     command = [sys.executable, "-c", code, *map(str, options), "--batch_size", "3", "--save_json", "results.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -122,7 +122,7 @@ def test_training_leaves_its_files(workplace):
     expected = {"best.pdparams", "last.pdparams", "train.log", "config.yaml", "history.csv", "curves.png"}
     assert expected <= names
     assert not any(name.startswith(".") for name in names), "temporary files are left"
-    assert read_rgb(folder / "curves.png").shape == (400, 1000, 3)
+    assert read_rgb(folder / "curves.png").shape == (450, 1000, 3)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["input_size"] == 32
     assert config["epochs"] == 3
@@ -492,11 +492,15 @@ def test_all_figures_are_recomputed_from_saved_maps_without_our_code(workplace):
 
 def test_eval_prints_all_figures_on_demand(workplace):
     lines = workplace.evaluate("exp", "--all_metrics").stdout.splitlines()
-    (row,) = (i for i, line in enumerate(lines) if line.startswith("category "))
-    title, bottle = lines[row : row + 2]
+    row = next(i for i, line in enumerate(lines) if line.startswith("category "))
+    title, bottle, _, by_defect, *defects = lines[row : row + 7]
     keys = ["pixel_auroc", "image_auroc", "image_ap", "pixel_ap", "image_f1_max", "pixel_f1_max", "aupro"]
     assert re.split(" {2,}", title) == ["category", *(key.replace("_", " ").replace("f1 ", "f1-") for key in keys)]
     assert bottle.split() == ["bottle", *(f"{workplace.result('exp')[key]:.3f}" for key in keys)]
+    assert re.split(" {2,}", by_defect) == ["category", "defect", "pixel auroc", "image auroc", "aupro", "missed"]
+    for line, (name, figures) in zip(defects, workplace.result("exp")["defects"].items(), strict=True):
+        values = [f"{figures[key]:.3f}" for key in ("pixel_auroc", "image_auroc", "aupro")]
+        assert line.split() == ["bottle", name, *values, str(figures["missed_defects"]), "of", "6"]
     assert "selection: test_auroc (best checkpoint chosen on the test set)" in lines
 
 
@@ -513,8 +517,8 @@ def test_eval_leaves_tables_and_pictures(workplace):
     assert "98.0" in text
     assert "over 1 category" in text
     pictures = {path.name: read_rgb(path) for path in (folder / "bottle/evaluation").iterdir()}
-    assert set(pictures) == {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
-    assert (pictures["roc.png"].shape, pictures["scores.png"].shape) == ((500, 500, 3), (400, 700, 3))
+    assert set(pictures) == {"roc.png", "scores.png", "highest_good.jpg", "lowest_defect.jpg"}
+    assert (pictures["roc.png"].shape, pictures["scores.png"].shape) == ((500, 500, 3), (400, 900, 3))
 
 
 def test_eval_stores_thresholds_that_give_the_f1s_of_the_table(workplace):
@@ -620,10 +624,9 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
     assert done.stdout.splitlines()[-2] == "bottle           pixel auroc:n/a   image auroc:n/a"
     assert workplace.thresholds("untested")["figures"]["image_f1"] is None
     assert workplace.result("untested")["images"] == 0
-    assert not done.stderr
+    assert done.stderr == "warning: bottle: has no test pictures, so there is no AUROC\n"
     done = workplace.evaluate("untested", "--data", tmp_path)
-    (line,) = done.stderr.splitlines()
-    assert "--threshold_rule quantile" in line
+    assert "--threshold_rule quantile" in done.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -1044,8 +1047,7 @@ def test_pictures_that_are_neither_square_nor_png(empty, wide_pictures):
     said, predicted, _ = empty.succeed("predict.py", *model, "--image_path", picture).stdout.splitlines()
     assert said.startswith("thresholds: ")
     with Image.open(empty.folder / "results/exp/panel/result.jpg") as drawing:
-        width, height = drawing.size
-    assert width / 3 / (height - 40) == pytest.approx(200 / 120, rel=0.01)  # three panels below a caption
+        assert drawing.size == (3 * (427 + 12), 256 + 3 * 24)  # panels of 200 x 120, gaps between, and lines of text
 
     empty.succeed("deploy/export_model.py", *model)
     folder = empty.folder / "results/inference"

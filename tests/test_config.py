@@ -269,7 +269,7 @@ def test_the_listing_has_every_key_and_what_it_takes(config, monkeypatch, capsys
     assert re.match(r"int, list\[int\] +≥ 32, ≤ 4096 +side of", rows["input_size"])
     assert re.match(r"list\[int\] +null +≥ 1 +input size /", rows["scales"])
     assert re.match(r"float +0\.001 +> 0 +learning rate", rows["lr"])
-    assert re.match(r"published, half +published +mask pixels", rows["mask_rule"])
+    assert re.match(r"published, half, nonzero +published +mask pixels", rows["mask_rule"])
     assert re.match(r"float +0\.5 +≥ 0 +weight of the image", rows["selection_weights.image"])
 
 
@@ -307,10 +307,10 @@ def test_every_key_has_a_meaning_in_both_languages():
 
 def test_what_each_key_decides():
     """--resume and a checkpoint's model go by it."""
-    assert set(keys_that_decide("model")) == set(NEEDED) - {"momentum"}
+    assert set(keys_that_decide("model")) == {*NEEDED, "scales"} - {"momentum"}
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
-    assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights"}
+    assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights", "white_level"}
 
 
 def test_a_config_cannot_be_changed(config):

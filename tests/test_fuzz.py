@@ -24,6 +24,7 @@ from deploy.common.imaging import preprocess, read_rgb
 from deploy.infer import read_description
 from deploy.service.app import Limits, create_app
 from models.fastflow import FastFlow
+from tests import torch_files
 from tests.serving import PREDICT, picture_file
 from tests.test_serve import served
 from utils.checkpoint import load_checkpoint, load_model
@@ -33,6 +34,7 @@ from utils.loss_scale import LossScale
 from utils.results import describe_backbone
 from utils.thresholds import load_thresholds
 from utils.training import Training, training_step
+from utils.weights import read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged metadata
 # The same examples every time: a test that fails by chance helps nobody.
@@ -185,6 +187,53 @@ def test_a_warning_names_training_settings_that_change(tmp_path, training, capsy
     assert "epochs 500 is now 900" in warning(lr_schedule="cosine", epochs=900)
 
 
+# ---- weights of torch
+
+FORMS = (torch_files.write_archive, torch_files.write_pickles)
+NUMBERS = np.arange(12, dtype="<f4")
+STORED = torch_files.storage("0", "Float", len(NUMBERS))
+CONTENT = torch_files.ordered({"a.weight": torch_files.tensor(STORED, 0, (3, 4), (4, 1)), "n": 7})
+
+
+def read_torch(path):
+    weights = attempt(read_weights, path)
+    for value in weights.values() if isinstance(weights, dict) else ():
+        if isinstance(value, np.ndarray) and value.size < 1000:
+            value.sum()  # of numbers that are not there it would crash
+    return weights
+
+
+@settings(bounded, max_examples=300)
+@given(data=st.data(), write=st.sampled_from(FORMS))
+def test_weights_of_torch_of_any_bytes(tmp_path, data, write):
+    path = write(tmp_path / "w.pth", CONTENT, {"0": NUMBERS})
+    path.write_bytes(data.draw(damaged(path.read_bytes()) | st.binary(max_size=200)))
+    read_torch(path)
+
+
+@settings(bounded, max_examples=300)
+@given(content=damaged(CONTENT), write=st.sampled_from(FORMS))
+def test_weights_of_torch_of_any_pickle(tmp_path, content, write):
+    read_torch(write(tmp_path / "w.pth", content, {"0": NUMBERS}))
+
+
+@settings(bounded, max_examples=300)
+@given(
+    offset=st.integers(0, 13),
+    axes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=3),
+    write=st.sampled_from(FORMS),
+)
+def test_a_tensor_is_the_numbers_that_its_strides_say_or_refused(tmp_path, offset, axes, write):
+    sizes, strides = tuple(size for size, _ in axes), tuple(stride for _, stride in axes)
+    path = write(tmp_path / "w.pth", {"a": torch_files.tensor(STORED, offset, sizes, strides)}, {"0": NUMBERS})
+    weights = read_torch(path)
+    places = offset + sum(i * stride for i, stride in zip(np.indices(sizes), strides, strict=True))
+    if np.max(places, initial=0) < len(NUMBERS):
+        np.testing.assert_array_equal(weights["a"], NUMBERS[places])
+    else:
+        assert weights is None
+
+
 # ---- YAML
 
 
@@ -242,7 +291,7 @@ def test_descriptions_and_thresholds_of_any_content(tmp_path, data):
 
 
 PICTURES = st.sampled_from(
-    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF")]
+    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")]
     + [picture_file(200, (9, 7), "TIFF", compression="tiff_lzw"), picture_file(9, (9, 7), "JPEG", progressive=True)]
 )
 FILES = st.binary(max_size=100) | PICTURES | damaged(PICTURES)

@@ -1,14 +1,28 @@
-"""Which epoch is best, and what history.csv holds."""
+"""Which epoch is best, what history.csv holds and what curves.png shows."""
 
 import csv
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import utils.history
 from deploy.common.cli import UserError
+from deploy.common.imaging import read_rgb
 from utils.config import SelectionWeights, load_config
-from utils.history import EpochRow, best_row, draw_curves, epoch_line, finished, selection_value, waited_for, write_csv
+from utils.history import (
+    EpochRow,
+    best_row,
+    draw_curves,
+    epoch_line,
+    finished,
+    selection_value,
+    shown_range,
+    waited_for,
+    write_csv,
+)
 
 
 def config(**changes):
@@ -136,10 +150,113 @@ def test_csv_keeps_full_precision_and_leaves_empty_what_was_not_measured(tmp_pat
     assert [first["epoch"], second["epoch"]] == ["1", "2"]
 
 
-@pytest.mark.parametrize("history", [rows((0.5, 0.6), None, (0.7, None)), rows(None), []])
-def test_curves_are_a_png_whatever_was_measured(tmp_path, history):
-    draw_curves(tmp_path / "curves.png", history, "bottle $ \udcff")  # of a name that is no text
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+# ---- curves.png
+
+
+@pytest.mark.parametrize(
+    ("history", "panels"),
+    [
+        (rows((0.5, 0.6), None, (0.7, None)), 2),
+        (rows((0.5, 0.6)), 2),
+        (rows(None), 1),
+        ([EpochRow(1, math.nan, 0.1, None, None, None, 1.0)], 1),
+    ],
+)
+def test_curves_have_a_panel_for_what_was_measured(tmp_path, history, panels):
+    draw_curves(tmp_path / "curves.png", history, "bottle $")
+    assert read_rgb(tmp_path / "curves.png").shape == (450, 500 * panels, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("bottle $x$", "bottle $x$: loss"),
+        ("Flächen 7", "Flächen 7: loss"),
+        ("x" * 60, f"{'x' * 48}\n{'x' * 12}: loss"),
+        ("瓶子", "loss"),
+        ("bottle \udcff", "loss"),  # of a name that is no text
+    ],
+)
+def test_the_titles_name_the_category_if_the_font_can(tmp_path, drawn, recwarn, name, heading):
+    assert drawn(rows(None), tmp_path, name)[0].get_title() == heading
+    assert not recwarn
+
+
+def test_without_an_epoch_there_are_no_curves(tmp_path):
+    draw_curves(tmp_path / "curves.png", rows(None), "bottle")
+    draw_curves(tmp_path / "curves.png", [], "bottle")  # interrupted in the first epoch
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of the last curves, without a file."""
+    figures = []
+    monkeypatch.setattr(utils.history, "write_figure", lambda path, figure: figures.append(figure))
+
+    def draw(history, path, name="bottle"):
+        draw_curves(path / "curves.png", history, name)
+        figures[-1].canvas.draw()
+        return figures[-1].axes
+
+    return draw
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 40, 500])
+def test_epochs_are_whole_and_all_in_the_picture(tmp_path, drawn, epochs):
+    history = [EpochRow(epoch, 1 / epoch, 0.001, 0.5, 0.5, 0.5, 0.1) for epoch in range(1, epochs + 1)]
+    for axes in drawn(history, tmp_path):
+        low, high = axes.get_xlim()
+        shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert shown and all(tick == int(tick) and 1 <= tick <= epochs for tick in shown)
+        assert low < 1 and high > epochs
+
+
+def test_legends_hide_no_curve_and_tell_of_what_is_outside(tmp_path, drawn):
+    for axes in drawn(rows((0.4, 0.5), *[(0.98, 0.97)] * 9), tmp_path):
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[0] == "image AUROC (1 of 10 outside, to 0.4)"
+
+
+def falling(epochs):
+    """A loss that begins high above the rest."""
+    return 6 * np.exp(-np.arange(epochs) / 1.5) - 3 + np.linspace(1, 0, epochs)
+
+
+@pytest.mark.parametrize("epochs", [3, 10, 40, 500])
+def test_the_first_epoch_does_not_flatten_the_rest(epochs):
+    losses = falling(epochs)
+    low, high = shown_range([losses], True)
+    assert losses[0] > high
+    assert np.ptp(losses[epochs // 2 :]) > 0.12 * (high - low)
+    assert ((low < losses) & (losses < high)).sum() >= 0.6 * epochs
+
+
+def test_what_does_not_flatten_the_rest_is_shown_from_the_first_epoch():
+    for losses in (np.linspace(3, 2, 20), np.array([3.0, 2.0]), np.array([3.0]), np.ones(5)):
+        low, high = shown_range([losses], True)
+        assert low < losses.min() and losses.max() < high
+        assert high - low > 0.0099
+
+
+def test_a_training_that_diverges_late_does_not_flatten_what_it_did_before():
+    losses = np.concatenate([falling(30), 10.0 ** np.arange(1, 11)])
+    low, high = shown_range([losses], True)
+    assert high < 10
+    losses[-1] = np.inf
+    assert shown_range([losses], True) == pytest.approx((low, high))
+
+
+def test_a_training_that_diverges_from_the_beginning_is_shown():
+    losses = 1 + np.arange(30.0) ** 2
+    low, high = shown_range([losses], True)
+    assert ((low < losses) & (losses < high)).mean() > 0.9
+
+
+def test_curves_far_from_each_other_are_both_shown():
+    low, high = shown_range([np.full(9, 0.99), np.array([0.5])], False)
+    assert low < 0.5 and high > 0.99
 
 
 def test_history_that_cannot_be_written_is_a_user_error(tmp_path):

@@ -5,18 +5,23 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from deploy.common.cli import UserError
 from deploy.common.imaging import (
+    MARKED,
     MEAN,
     STD,
+    TRUE,
     decision_line,
+    draw_panels,
     draw_result,
     drawing_paths,
     drawn_size,
+    heat_colours,
     list_images,
     normalise,
     preprocess,
@@ -55,7 +60,17 @@ def test_the_name_of_a_picture_forges_no_line():
 @pytest.fixture
 def pictures(tmp_path):
     """Files of all kinds; none is opened by the functions under test."""
-    for name in ("b.png", "a.JPG", "c.Tiff", ".hidden.png", "note.txt", "sub/d.bmp", "sub/e.jpeg", "[x]/f.tif"):
+    for name in (
+        "b.png",
+        "a.JPG",
+        "c.Tiff",
+        ".hidden.png",
+        "note.txt",
+        "sub/d.bmp",
+        "sub/e.jpeg",
+        "sub/g.WebP",
+        "[x]/f.tif",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -70,7 +85,7 @@ def names(paths, folder):
     ("path", "found"),
     [
         ("", ["a.JPG", "b.png", "c.Tiff"]),
-        ("sub/", ["sub/d.bmp", "sub/e.jpeg"]),
+        ("sub/", ["sub/d.bmp", "sub/e.jpeg", "sub/g.WebP"]),
         ("[x]", ["[x]/f.tif"]),
         ("b.png", ["b.png"]),
         ("note.txt", ["note.txt"]),  # a file that is named is taken at its word; reading it says what is wrong
@@ -78,7 +93,7 @@ def names(paths, folder):
         ("n*", ["note.txt"]),
         ("*.png", ["b.png"]),
         ("sub/*.bmp", ["sub/d.bmp"]),
-        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "note.txt", "sub/d.bmp", "sub/e.jpeg"]),
+        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "note.txt", "sub/d.bmp", "sub/e.jpeg", "sub/g.WebP"]),
     ],
 )
 def test_list_images(pictures, path, found):
@@ -183,13 +198,15 @@ def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
 # ---- preprocess
 
 
-def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path, suffix):
     upright = np.zeros((6, 9, 3), np.uint8)
     upright[:2] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: to be turned clockwise
-    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "phone.png", exif=exif)
-    np.testing.assert_array_equal(read_rgb(tmp_path / "phone.png"), upright)
+    path = tmp_path / f"phone.{suffix}"
+    Image.fromarray(np.rot90(upright).copy()).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    np.testing.assert_array_equal(read_rgb(path), upright)
 
 
 def test_preprocessing_is_imagenet_normalisation_channels_first():
@@ -230,11 +247,9 @@ def test_normalise_keeps_pictures_and_colours_apart():
 # ---- draw_result
 
 
-def figure(shape, anomaly_map, pixel_threshold=0.5):
-    """The caption and the three panels."""
-    drawing = draw_result(np.full((*shape, 3), 100, np.uint8), anomaly_map, 0.6, 0.8, pixel_threshold)
-    assert drawing.dtype == np.uint8
-    return drawing[:40], np.split(drawing[40:], 3, axis=1)
+def panels(shape, anomaly_map, pixel_threshold=0.5, true_mask=None):
+    """The three of a grey picture."""
+    return draw_panels(np.full((*shape, 3), 100, np.uint8), anomaly_map, pixel_threshold, true_mask)
 
 
 @pytest.fixture
@@ -245,44 +260,110 @@ def spot():
     return anomaly_map
 
 
-def test_three_panels_and_a_caption(spot):
-    caption, (picture, heat, mask) = figure((300, 400), spot)
-    assert picture.shape == heat.shape == mask.shape == (300, 400, 3)
+def plasma(position):
+    """What matplotlib gives, whose colour map it is."""
+    return [round(255 * channel) for channel in matplotlib.colormaps["plasma"](float(position))[:3]]
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.0, -0.5])
+def test_heat_goes_from_the_pixel_threshold_to_1(threshold):
+    scores = np.array([[threshold, (threshold + 1) / 2, 1.0]])
+    colours = heat_colours(scores, threshold)
+    assert colours.dtype == np.uint8
+    for colour, position in zip(colours[0].astype(int), (0, 0.5, 1), strict=True):
+        np.testing.assert_allclose(colour, plasma(position), atol=3)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 1.5, 1 - 1e-9])
+def test_heat_has_colours_for_any_threshold(threshold):
+    assert heat_colours(np.array([[0.0, 1.0]]), threshold).shape == (1, 2, 3)
+
+
+def test_the_picture_shows_below_the_threshold_and_through_the_heat(spot):
+    picture, heat, _ = panels((256, 256), spot)
     assert (picture == 100).all()
-    assert (caption < 128).any()  # text
-    assert (caption[0] == 255).all()  # on white
-
-
-def test_heat_is_red_where_the_map_is_high_and_blue_where_it_is_low(spot):
-    _, (_, heat, _) = figure((256, 256), spot)
-    high, low = heat[64, 64].astype(int), heat[200, 200].astype(int)
-    assert high[0] > high[2]
-    assert low[2] > low[0]
+    assert (heat[200:, 200:] == 100).all()
+    np.testing.assert_allclose(heat[64, 64], 0.4 * 100 + 0.6 * np.array(plasma(1)), atol=3)
 
 
 def test_mask_and_outline_appear_where_the_map_is_above_the_threshold(spot):
-    _, (_, _, mask) = figure((256, 256), spot)
+    _, _, mask = panels((256, 256), spot)
     assert (mask[200:, 200:] == 100).all()
     inside = mask[64, 64]
     assert inside[0] > inside[1]
-    red = (mask == [255, 0, 0]).all(axis=2)
+    red = (mask == MARKED).all(axis=2)
     assert red.any()
     rows, columns = np.nonzero(red)
     np.testing.assert_allclose([rows.min(), rows.max(), columns.min(), columns.max()], [32, 95, 32, 95], atol=3)
     assert not red[50:78, 50:78].any()  # an outline, not an area
 
 
+def test_the_true_mask_is_outlined_in_a_colour_of_its_own(spot):
+    true_mask = np.zeros((32, 32), bool)
+    true_mask[16:24, 8:24] = True
+    picture, heat, mask = panels((256, 256), spot, 0.5, true_mask)
+    rows, columns = np.nonzero((mask == TRUE).all(axis=2))
+    np.testing.assert_allclose([rows.min(), rows.max(), columns.min(), columns.max()], [128, 191, 64, 191], atol=2)
+    assert (mask[140:180, 80:180] == 100).all()  # an outline, not an area
+    assert (mask == MARKED).all(axis=2).any()
+    without = panels((256, 256), spot)
+    assert (picture == without[0]).all() and (heat == without[1]).all()
+    assert (panels((256, 256), spot, 0.5, np.zeros((32, 32), bool))[2] == without[2]).all()
+
+
 @pytest.mark.parametrize(("value", "threshold", "marked"), [(0.5, 0.5, False), (0.51, 0.5, True), (0.0, 0.5, False)])
 def test_pixels_count_above_the_threshold_only(value, threshold, marked):
-    _, (_, _, mask) = figure((256, 256), np.full((64, 64), value), threshold)
-    assert (mask[128, 128] != 100).any() == marked
+    for panel in panels((256, 256), np.full((64, 64), value), threshold)[1:]:
+        assert (panel[128, 128] != 100).any() == marked
 
 
 @pytest.mark.parametrize(("shape", "height"), [((100, 80), 256), ((1000, 500), 768), ((500, 300), 500)])
 def test_panels_are_between_256_and_768_high(spot, shape, height):
-    _, (picture, _, _) = figure(shape, spot)
-    assert picture.shape[0] == height
-    assert picture.shape[1] == pytest.approx(shape[1] * height / shape[0], abs=1)
+    for panel in panels(shape, spot):
+        assert panel.shape[0] == height
+        assert panel.shape[1] == pytest.approx(shape[1] * height / shape[0], abs=1)
+
+
+SHAPES = [(32, 32), (256, 256), (900, 900), (3000, 4000), (100, 4000), (3000, 100), (600, 200), (1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("threshold", "score"), [(0.8, 0.9), (0, 1.0), (1, 1.0), (1.5, 0.5), (-1e6, 0.5), (1e12, 0.5)])
+def test_texts_fit_at_any_size(spot, shape, threshold, score):
+    mask = spot > 0
+    drawing = draw_result(np.full((*shape, 3), 255, np.uint8), spot, score, threshold, threshold, mask)
+    ink = np.nonzero((drawing < 250).any(axis=(0, 2)))[0]
+    assert ink.min() > 0 and ink.max() < drawing.shape[1] - 1  # nothing reaches over the edge
+    caption = drawing[: min(drawing.shape[0] // 8, 64)]
+    assert (caption < 128).any() and (caption[0] == 255).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_texts_grow_with_the_panels(spot, shape):
+    drawing = draw_result(np.full((*shape, 3), 255, np.uint8), np.zeros((8, 8)), 0.5, 0.8, 0.8)
+    rows = (drawing < 128).any(axis=(1, 2))
+    first = np.flatnonzero(rows)[0]
+    letters = np.flatnonzero(~rows[first:])[0]  # height of the caption's
+    assert letters >= 12
+    assert letters >= max(drawing.shape[:2]) / 100
+
+
+@pytest.mark.parametrize(("shape", "stacked"), [((256, 512), False), ((256, 513), True), ((768, 768), False)])
+def test_panels_of_wide_pictures_are_one_above_the_other(spot, shape, stacked):
+    height, width = draw_result(np.zeros((*shape, 3), np.uint8), spot, 0.5, 0.8, 0.5).shape[:2]
+    assert (width < 2 * shape[1]) == stacked == (height > 3 * shape[0])
+
+
+def test_the_bar_and_the_legend_show_what_the_panels_have():
+    picture = np.full((256, 256, 3), 255, np.uint8)
+
+    def colours(drawing):
+        return {name for name, colour in (("true", TRUE), ("hot", plasma(1))) if (drawing == colour).all(axis=2).any()}
+
+    nothing = np.zeros((8, 8), bool)
+    assert colours(draw_result(picture, np.zeros((8, 8)), 0.5, 0.8, 0.5)) == {"hot"}
+    assert colours(draw_result(picture, np.zeros((8, 8)), 0.5, 0.8, 0.5, nothing)) == {"hot"}
+    assert colours(draw_result(picture, np.zeros((8, 8)), 0.5, 0.8, 1.0, ~nothing)) == {"true"}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3000, 1), (1, 400), (10, 2000), (64, 8000)])

@@ -246,6 +246,16 @@ def test_without_regions_or_normal_pixels_there_is_no_aupro(masks):
     assert aupro(np.zeros(masks.shape), masks) is None
 
 
+@pytest.mark.parametrize("levels", [4, 10**6])
+def test_further_negatives_count_as_if_they_were_pictures_of_the_set(levels):
+    masks = blobs(8)
+    scores = (np.random.default_rng(9).random(masks.shape) + 0.3 * masks).astype(np.float32)
+    scores = (scores * levels).round() / np.float32(levels)
+    others = np.sort(scores[-1], axis=None)  # the picture without a mask
+    assert auroc(scores[:-1], masks[:-1], others) == auroc(scores, masks)
+    assert aupro(scores[:-1], masks[:-1], others=others) == pytest.approx(aupro(scores, masks), abs=1e-12)
+
+
 # ---- on the device, as training on a GPU uses it
 
 

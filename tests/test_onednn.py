@@ -13,10 +13,12 @@ import pytest
 from paddle import nn
 from paddle.vision import models as vision
 
-from models.backbone import BACKBONES, build_backbone
+from models.backbone import BACKBONES, ResNetFeatures, build_backbone
 from models.cpu import convolutions, onednn, products, winograd
+from models.cpu import features as cpu_features
 from models.cpu import flow as cpu_flow
-from models.cpu import resnet as cpu_resnet
+from models.cpu.efficientnet import EfficientNetProgram, same_padding
+from models.cpu.resnet import ResNetProgram
 from models.fastflow import FastFlow, Flow
 from utils.training import build_optimizer, training_step
 
@@ -256,6 +258,11 @@ def with_statistics(model, random):
     return model
 
 
+def features(model, images, plain=refuse):
+    program = ResNetProgram if isinstance(model, ResNetFeatures) else EfficientNetProgram
+    return cpu_features.features(model, images, plain, program)
+
+
 def assert_features_agree(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
@@ -266,22 +273,46 @@ def assert_features_agree(actual, expected):
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (5, 3, 96, 64), (2, 3, 75, 61)])
 def test_backbone_agrees(backbone, random, shape):
     images = tensor(random, *shape)
-    assert_features_agree(cpu_resnet.features(backbone, images, refuse), backbone._plain(images))
+    assert_features_agree(features(backbone, images), backbone._plain(images))
 
 
 @needs_onednn
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet18"])
-def test_every_backbone_agrees(random, name):
-    model = with_statistics(build_backbone(name), random)
+@pytest.mark.parametrize("scales", [None, [4, 8, 16, 32]])
+def test_every_backbone_agrees(random, name, scales):
+    model = with_statistics(build_backbone(name, scales), random)
+    images = tensor(random, 2, 3, 40, 75)
+    assert_features_agree(features(model, images), model._plain(images))
+
+
+@needs_onednn
+def test_groups_of_channels_agree(random):
+    model = with_statistics(ResNetFeatures(vision.resnext50_32x4d(), [4, 8, 16]), random)
     images = tensor(random, 2, 3, 40, 64)
-    assert_features_agree(cpu_resnet.features(model, images, refuse), model._plain(images))
+    assert_features_agree(features(model, images), model._plain(images))
+
+
+@needs_onednn
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [7, 8, 9])
+def test_the_padding_is_that_of_same(random, kernel, stride, size):
+    x, weights, bias = tensor(random, 1, 16, size, size + 1), tensor(random, 16, 1, kernel, kernel), np.zeros(16, "f4")
+    expected = paddle.nn.functional.conv2d(x, weights, stride=stride, padding="SAME", groups=16)
+    padding = [same_padding(side, kernel, stride) for side in x.shape[2:]]
+    form = onednn.Convolution(x.shape, (16, 1, 1, kernel, kernel), stride, padding)
+    assert list(form.dst) == expected.shape
+    y = onednn.Buffer.empty(*(form.dst[i] for i in (0, 2, 3, 1)))
+    last = np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1))
+    form(onednn.Buffer(last), form.packed(weights.numpy()), onednn.Buffer(bias), y)
+    np.testing.assert_allclose(y.array.transpose(0, 3, 1, 2), expected.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_without_batch_norms_agrees(random, name):
     model = with_statistics(build_backbone(name), random)
     images = tensor(random, 2, 3, 40, 64)
-    alone = cpu_resnet.without_batch_norms(model)
+    alone = cpu_features.without_batch_norms(model)
     assert any(isinstance(layer, nn.BatchNorm2D) for layer in model.sublayers())
     assert not any(isinstance(layer, nn.BatchNorm2D) for layer in alone.sublayers())
     assert_features_agree(alone._plain(images), model._plain(images))
@@ -293,7 +324,7 @@ def test_folding_keeps_biases_and_other_norms(backbone, random):
     block = backbone.layer1[0]
     block.bn2 = nn.GroupNorm(4, 64)
     images = tensor(random, 2, 3, 40, 64)
-    alone = cpu_resnet.without_batch_norms(backbone)
+    alone = cpu_features.without_batch_norms(backbone)
     assert isinstance(alone.layer1[0].bn2, nn.GroupNorm)
     assert_features_agree(alone._plain(images), backbone._plain(images))
 
@@ -305,7 +336,7 @@ def test_gradients_of_images_go_the_plain_way(backbone, random):
     (gradient,) = paddle.grad(backbone(images)[2].sum(), [images])
     assert gradient.abs().max().item() > 0
     with paddle.no_grad():
-        assert_features_agree(cpu_resnet.features(backbone, images, refuse), backbone._plain(images))
+        assert_features_agree(features(backbone, images), backbone._plain(images))
 
 
 @needs_onednn
@@ -331,10 +362,10 @@ def one_bit(weight):
     "change", [lambda w: w[:, ::-1], lambda w: np.roll(w, 1, axis=0), lambda w: w[:, :, ::-1, ::-1], one_bit]
 )
 def test_weights_that_change_places_are_noticed(backbone, name, change):
-    before, parameter = cpu_resnet._checksum(backbone), dict(backbone.named_parameters())[name]
-    assert cpu_resnet._checksum(backbone) == before
+    before, parameter = cpu_features._checksum(backbone), dict(backbone.named_parameters())[name]
+    assert cpu_features._checksum(backbone) == before
     parameter.set_value(np.ascontiguousarray(change(parameter.numpy())))
-    assert cpu_resnet._checksum(backbone) != before
+    assert cpu_features._checksum(backbone) != before
 
 
 @needs_onednn
@@ -348,8 +379,9 @@ def test_red_and_blue_exchanged_in_the_weights(backbone, random):
 
 @needs_onednn
 def test_networks_it_does_not_know_go_the_plain_way(random):
-    model = with_statistics(vision.resnext50_32x4d(), random)
-    assert cpu_resnet.features(model, tensor(random, 1, 3, 64, 64), lambda _: "plain") == "plain"
+    model = with_statistics(build_backbone("resnet18"), random)
+    model.layer1[0].conv1._dilation = [2, 2]
+    assert features(model, tensor(random, 1, 3, 64, 64), lambda _: "plain") == "plain"
 
 
 @needs_onednn

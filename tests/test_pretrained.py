@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pickle
 import socket
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,12 +20,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from deploy.common.cli import UserError
-from models.backbone import BACKBONES, build_backbone
+from models.backbone import BACKBONES, Backbone, build_backbone
+from tests import torch_files
 from utils.config import load_config
 from utils.results import OFFLINE
 from utils.weights import VARIABLE, download_official, load_backbone, official_file, read_weights
 
-SUFFIXES = (".npz", ".pdparams", ".safetensors")
+SUFFIXES = (".npz", ".pdparams", ".safetensors", ".pth")
 EXTRA = {"fc.weight": np.ones((512, 10), np.float32), "layer4.0.conv1.weight": np.ones((2, 2), np.float32)}
 
 
@@ -42,9 +45,21 @@ def write(path, state):
         np.savez(path, **state)
     elif path.suffix == ".safetensors":
         save_file(state, path)
+    elif path.suffix in (".pth", ".pt"):
+        torch_files.save(path, torchs_names(state), older=path.suffix == ".pt")
     else:
         paddle.save({name: paddle.to_tensor(value) for name, value in state.items()}, str(path))
     return path
+
+
+def torchs_names(state):
+    """The state as torch would have it, with the counter that each BatchNorm has there."""
+    named = {}
+    for name, value in state.items():
+        named[name.replace("._mean", ".running_mean").replace("._variance", ".running_var")] = value
+        if name.endswith("._mean"):
+            named[name.replace("._mean", ".num_batches_tracked")] = np.array(7)
+    return named
 
 
 def publish(monkeypatch, url, md5):
@@ -274,6 +289,82 @@ def test_pickled_objects_in_a_file_are_not_run(tmp_path):
         with pytest.raises(UserError, match=name):
             read_weights(tmp_path / name)
     assert not (tmp_path / "trap").exists()
+
+
+# ---- what torch writes
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pth", ".pt", ".bin"])
+def test_torchs_names_are_understood_whatever_the_format(tmp_path, load, suffix):
+    state = torchs_names(weights(1) | EXTRA)
+    assert "bn1.running_var" in state
+    path = tmp_path / f"w{suffix}"
+    torch_files.save(path, state) if suffix == ".bin" else write(path, state)
+    backbone, provenance = load(path)
+    assert_holds(backbone, weights(1))
+    assert provenance["sha256"] == sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("older", "prefix", "wrapper"),
+    [(False, "module.", "state_dict"), (True, "model.", "model"), (False, "module.model.", None)],
+)
+def test_what_training_scripts_put_around_the_weights_is_taken_off(tmp_path, load, older, prefix, wrapper):
+    def wrap(content):
+        return {"epoch": 90, "arch": "resnet18", "best": None, wrapper: content} if wrapper else content
+
+    state = {prefix + name: value for name, value in torchs_names(weights(1) | EXTRA).items()}
+    backbone, _ = load(torch_files.save(tmp_path / "w.pth", state, older, wrap))
+    assert_holds(backbone, weights(1))
+
+
+def test_a_layer_that_is_called_model_keeps_its_name(monkeypatch, tmp_path, small_config, pictures):
+    class Inner(paddle.nn.Layer):
+        def __init__(self, scales):
+            super().__init__()
+            self.model = paddle.nn.Conv2D(3, 4, 1)
+
+    monkeypatch.setitem(BACKBONES, "inner", Backbone(Inner, levels=(1,)))
+    config = dataclasses.replace(small_config, backbone_name="inner")
+    layer = build_backbone("inner")
+    np.savez(tmp_path / "w.npz", **{name: value.numpy() for name, value in layer.state_dict().items()})
+    load_backbone(layer, config, str(tmp_path / "w.npz"), pictures)
+
+
+def test_half_the_bits_are_enough(tmp_path, load):
+    """float16, or bfloat16: the upper half of a float32."""
+    whole, name = weights(1), "layer1.0.conv1.weight"
+    half, upper = whole[name].astype("<f2"), (whole[name].view("<u4") >> 16).astype("<u2")
+    for stored, value in ((half, half.astype("<f4")), (upper, (upper.astype("<u4") << 16).view("<f4"))):
+        backbone, _ = load(torch_files.save(tmp_path / "w.pth", torchs_names(whole | {name: stored})))
+        assert_holds(backbone, whole | {name: value})
+
+
+def safetensors(path, state, kind):
+    """With numbers of a type that numpy lacks, beside int64."""
+    header, start = {}, 0
+    for name, value in state.items():
+        header[name] = {
+            "dtype": "I64" if value.dtype == "i8" else kind,
+            "shape": list(value.shape),
+            "data_offsets": [start, start + value.nbytes],
+        }
+        start += value.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(value.tobytes() for value in state.values()))
+    return path
+
+
+def test_safetensors_of_bfloat16_are_read(tmp_path, load):
+    upper = {name: (value.view("<u4") >> 16).astype("<u2") for name, value in weights(1).items()}
+    backbone, _ = load(safetensors(tmp_path / "w.safetensors", torchs_names(upper), "BF16"))
+    assert_holds(backbone, {name: (value.astype("<u4") << 16).view("<f4") for name, value in upper.items()})
+
+
+def test_safetensors_of_eight_bits_are_one_line(tmp_path):
+    path = safetensors(tmp_path / "w.safetensors", {"a": np.ones(2, "u1")}, "F8_E4M3")
+    with pytest.raises(UserError, match=r"w\.safetensors: holds numbers of the type F8_E4M3"):
+        read_weights(path)
 
 
 # ---- cache and download

@@ -4,16 +4,29 @@ import csv
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.mvtec import GroundTruth
+import utils.report
+from datasets.mvtec import GroundTruth, load_category, load_ground_truth
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
-from deploy.common.imaging import read_rgb
-from utils.evaluation import Scores, measure_all
-from utils.report import csv_table, draw_evaluation, markdown_table, means, print_results, save_maps, write_results
+from deploy.common.imaging import TRUE, read_rgb
+from utils.evaluation import Scores, measure, measure_all, measure_defects
+from utils.metrics import aupro
+from utils.report import (
+    BY_DEFECT,
+    csv_table,
+    draw_evaluation,
+    markdown_table,
+    means,
+    print_results,
+    save_maps,
+    write_results,
+)
 from utils.results import UNSTATED
 
 
@@ -150,6 +163,127 @@ def test_a_damaged_result_is_written_anew_with_a_warning(tmp_path, capsys, conte
     assert "damaged" in capsys.readouterr().err
 
 
+# ---- figures by defect
+
+
+TEST = [SimpleNamespace(defect=name) for name in (None, None, "crack", "crack", "hole|1", "hole|1")]
+
+
+@pytest.fixture
+def defects():
+    """Two good pictures, and two of each defect: scores and ground truth."""
+    masks = np.zeros((6, 20, 20), bool)
+    masks[2:4, 2:6, 2:6] = masks[4:, 10:14, 3:9] = True
+    pixel = np.random.default_rng(0).random(masks.shape).astype(np.float32) + masks / np.float32(3)
+    image = np.float32([0.3, 0.6, 0.5, 0.9, 0.7, 0.95])
+    return Scores(image, pixel), GroundTruth(masks.any(axis=(1, 2)), masks)
+
+
+def only(of, scores, truth):
+    """Those pictures, as a set of their own."""
+    masks = None if truth.masks is None else truth.masks[of]
+    return Scores(scores.image[of], scores.pixel[of]), GroundTruth(truth.labels[of], masks)
+
+
+def test_a_defect_has_the_figures_of_a_test_set_without_the_others(defects, config):
+    rows = measure_defects(*defects, TEST, config, 0.6)
+    assert list(rows) == ["crack", "hole|1"]
+    for name, of in (("crack", [0, 1, 2, 3]), ("hole|1", [0, 1, 4, 5])):
+        scores, truth = only(of, *defects)
+        row = rows[name]
+        assert (row["image_auroc"], row["pixel_auroc"]) == measure(scores, truth)
+        assert row["aupro"] == pytest.approx(aupro(scores.pixel, truth.masks), abs=1e-12)
+    assert (rows["crack"]["missed_defects"], rows["crack"]["defect_test_pictures"]) == (1, 2)
+    assert (rows["hole|1"]["missed_defects"], rows["hole|1"]["defect_test_pictures"]) == (0, 2)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def with_defects(measured, of=range(6)):
+    """An entry of eval.json with the figures by defect, for those pictures."""
+    figures = measure_defects(*only(list(of), *measured), [TEST[i] for i in of], None, 0.6)
+    return row(decisions={"rule": "f1", "image": 0.6, "pixel": 0.5}, defects=figures)
+
+
+def test_figures_by_defect_are_printed_before_the_published_lines(defects, capsys):
+    rows = {"part": with_defects(defects), "other": row()}
+    print_results(rows, True)
+    *_, title, crack, hole, note, first, _, _ = capsys.readouterr().out.splitlines()
+    assert title.split("  ") == ["category", "defect", "pixel auroc", "image auroc", "aupro", "missed"]
+    figures = rows["part"]["defects"]["crack"]
+    assert crack.split() == ["part", "crack", *(f"{figures[key]:.3f}" for key in BY_DEFECT), "1", "of", "2"]
+    assert hole.split()[:2] == ["part", "hole|1"]
+    assert len(title) == len(crack) == len(hole)
+    assert note == "missed: not above the image threshold 0.600 (f1)"
+    assert first.startswith("part             pixel auroc:")
+    print_results(rows, False)
+    assert "crack" not in capsys.readouterr().out
+
+
+def test_eval_md_and_json_have_the_figures_by_defect(defects, tmp_path, capsys):
+    rows = {"part": with_defects(defects), "other": row()}
+    write_results(tmp_path, rows)
+    text = (tmp_path / "eval.md").read_text()
+    crack = rows["part"]["defects"]["crack"]
+    assert f"| part | crack | {' | '.join(f'{100 * crack[key]:.2f}' for key in BY_DEFECT)} | 1 of 2 |" in text
+    assert r"| part | hole\|1 |" in text
+    assert "* missed: not above the image threshold 0.600 (f1)\n" in text
+    assert "n/a" not in text.split("## By defect")[1]
+    assert json.loads((tmp_path / "eval.json").read_text())["categories"]["part"] == rows["part"]
+    assert len((tmp_path / "eval.csv").read_text().splitlines()) == 6  # no line by defect
+    write_results(tmp_path, {"other": row()})
+    assert text == (tmp_path / "eval.md").read_text()
+    assert "## By defect" not in markdown_table("exp", {"other": row()})
+    assert not capsys.readouterr().err
+
+
+def test_without_good_pictures_it_is_said_once_why_figures_by_defect_are_missing(defects):
+    entry = with_defects(defects, range(2, 6))
+    for figures in entry["defects"].values():
+        assert [key for key in figures if figures[key] is None] == ["image_auroc"]
+    notes = markdown_table("exp", {"part": entry}).split("## By defect")[1]
+    assert "* image auroc n/a: no good picture to compare with: part\n" in notes
+    assert notes.count("n/a") == 2 + 1
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["half", "published"])
+def test_a_defect_of_which_no_mask_is_left_is_explained(defects, counts):
+    scores, truth = defects
+    truth.masks[4:] = False
+    entry = with_defects((scores, GroundTruth(np.array([False, False, True, True, counts, counts]), truth.masks)))
+    hole = entry["defects"]["hole|1"]
+    assert hole["pixel_auroc"] is hole["aupro"] is None
+    assert (hole["image_auroc"] is not None, hole["defect_test_pictures"]) == (counts, 2 * counts)
+    assert None not in entry["defects"]["crack"].values()
+    text = markdown_table("exp", {"part": entry})
+    assert "* n/a: no pixel of the defect is left of any of its masks (mask_rule): part/hole|1\n" in text
+
+
+@pytest.mark.parametrize("without", [["crack"], ["crack", "hole"]])
+def test_defects_with_masks_have_pixel_figures_whatever_the_others_have(tmp_path, config, without):
+    folder = tmp_path / "part"
+    for name in ("train/good", "test/good", "test/crack", "test/hole"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+    for name in {"crack", "hole"} - set(without):
+        (folder / "ground_truth" / name).mkdir(parents=True)
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, (0, 0, 4, 4))
+        mask.save(folder / "ground_truth" / name / "0_mask.png")
+    test = load_category(tmp_path, "part").test
+    config = replace(config, input_size=8)
+    truth = load_ground_truth(test, config.size, config.mask_rule)
+    assert truth.masks is None
+    pixel = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
+    figures = measure_defects(Scores(pixel.max(axis=(1, 2)), pixel), truth, test, config, 0.5)
+    for name, row_of in figures.items():
+        missing = [key for key in row_of if row_of[key] is None]
+        assert missing == (["pixel_auroc", "aupro"] if name in without else [])
+    entry = row(decisions={"rule": "f1", "image": 0.6, "pixel": 0.5}, defects=figures)
+    notes = markdown_table("exp", {"part": entry}).split("## By defect")[1]
+    assert f"* pixel auroc and aupro n/a: no masks: part{'/crack' if len(without) == 1 else ''}\n" in notes
+    assert "* n/a" not in notes
+
+
 # ---- pictures and maps
 
 
@@ -176,17 +310,17 @@ def draw(folder, paths, scores, truth):
 def colour_of(path):
     """Of the first panel's middle."""
     picture = read_rgb(path)
-    return tuple(int(round(channel, -1)) for channel in picture[40 + 100, 100].astype(int))
+    return tuple(int(round(channel, -1)) for channel in picture[len(picture) // 2, picture.shape[1] // 6].astype(int))
 
 
-NAMES = {"roc.png", "scores.png", "worst_false_positive.jpg", "worst_false_negative.jpg"}
+NAMES = {"roc.png", "scores.png", "highest_good.jpg", "lowest_defect.jpg"}
 
 
-def test_the_pictures_are_those_of_the_worst(tmp_path, measured):
+def test_the_pictures_are_the_highest_good_and_the_lowest_defect(tmp_path, measured):
     folder = tmp_path / "evaluation"
     assert draw(folder, *measured) == NAMES
-    assert colour_of(folder / "worst_false_positive.jpg") == pytest.approx((0, 250, 0), abs=10)  # good, score 0.6
-    assert colour_of(folder / "worst_false_negative.jpg") == pytest.approx((0, 0, 250), abs=10)  # defect, score 0.5
+    assert colour_of(folder / "highest_good.jpg") == pytest.approx((0, 250, 0), abs=10)  # good, score 0.6
+    assert colour_of(folder / "lowest_defect.jpg") == pytest.approx((0, 0, 250), abs=10)  # defect, score 0.5
     for name in ("roc.png", "scores.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
@@ -194,8 +328,8 @@ def test_the_pictures_are_those_of_the_worst(tmp_path, measured):
 @pytest.mark.parametrize(
     ("kept", "names"),
     [
-        (slice(0, 2), {"scores.png", "worst_false_positive.jpg"}),
-        (slice(2, 4), {"roc.png", "scores.png", "worst_false_negative.jpg"}),  # their pixels have a curve
+        (slice(0, 2), {"scores.png", "highest_good.jpg"}),
+        (slice(2, 4), {"roc.png", "scores.png", "lowest_defect.jpg"}),  # their pixels have a curve
         (slice(0, 0), set()),
     ],
     ids=["no defects", "no good", "nothing"],
@@ -206,6 +340,42 @@ def test_pictures_without_content_are_removed(tmp_path, measured, kept, names):
     draw(folder, *measured)
     fewer = Scores(scores.image[kept], scores.pixel[kept]), GroundTruth(truth.labels[kept], truth.masks[kept])
     assert draw(folder, paths[kept], *fewer) == names
+
+
+def test_pictures_of_earlier_names_are_removed(tmp_path, measured):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for name in ("worst_false_positive.jpg", "worst_false_negative.jpg"):
+        (folder / name).touch()
+    assert draw(folder, *measured) == NAMES
+
+
+def test_the_true_mask_is_outlined_where_there_is_one(tmp_path, measured):
+    folder = tmp_path / "evaluation"
+    draw(folder, *measured)
+
+    def outlined(name):
+        return (np.abs(read_rgb(folder / name) - np.array(TRUE)).max(axis=2) < 60).any()
+
+    assert outlined("lowest_defect.jpg")
+    assert not outlined("highest_good.jpg")
+    paths, scores, truth = measured
+    draw(folder, paths, scores, GroundTruth(truth.labels, None))
+    assert not outlined("lowest_defect.jpg")
+
+
+def test_the_legend_of_the_scores_is_beside_them(tmp_path, measured, monkeypatch):
+    figures = []
+    monkeypatch.setattr(utils.report, "write_figure", lambda path, figure: figures.append(figure))
+    utils.report.draw_scores(tmp_path / "scores.png", *measured[1:], PUBLISHED_THRESHOLDS)
+    (figure,) = figures
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().x0 > figure.axes[0].get_window_extent().x1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "good: 2 pictures",
+        "defect: 2 pictures",
+        "threshold 0.800 (published)",
+    ]
 
 
 def test_equal_scores_and_missing_masks_can_be_drawn(tmp_path, measured):

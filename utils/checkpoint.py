@@ -18,6 +18,7 @@ import paddle
 
 from deploy.common.cli import UserError
 from deploy.common.files import write_whole
+from models.backbone import BACKBONES
 from models.fastflow import FastFlow, FlowStep
 from utils.config import Config, check_known, keys_that_decide, updated
 from utils.history import EpochRow
@@ -146,6 +147,11 @@ def epoch_of(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint["epoch"]) + ("history" not in checkpoint)
 
 
+def white_level_of(checkpoint: dict[str, Any], config: Config) -> int | None:
+    """The value of white in 16-bit pictures for this checkpoint: the config's, else that of its training."""
+    return config.white_level or checkpoint.get("config", {}).get("white_level")
+
+
 def selection_of(checkpoint: dict[str, Any], is_last: bool) -> str:
     """How a checkpoint was chosen among the epochs, a key of `utils.results.SELECTIONS`.
 
@@ -198,7 +204,8 @@ def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path
         UserError: it is of another architecture, or was trained under settings of the model that the config changes.
     """
     trained = {**config.as_dict(), **checkpoint.get("config", {})}  # published files do not say
-    changed = [key for key in MODEL_KEYS if _meaning(key, trained[key]) != _meaning(key, getattr(config, key))]
+    wanted = config.as_dict()
+    changed = [key for key in MODEL_KEYS if _meaning(key, trained) != _meaning(key, wanted)]
     advice = "".join(
         f"; it was trained with {key} {trained[key]}, the config says {getattr(config, key)}" for key in changed
     )
@@ -213,9 +220,14 @@ def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path
         raise UserError(f"{path}: does not fit this config{advice}")
 
 
-def _meaning(key: str, value: Any) -> Any:
-    """What to compare of a setting: an `input_size` of one number is that of a square."""
-    return [value, value] if key == "input_size" and isinstance(value, int) else value
+def _meaning(key: str, settings: dict[str, Any]) -> Any:
+    """What to compare of a setting: one number as `input_size` is that of a square, no `scales` are the usual ones."""
+    value = settings[key]
+    if key == "input_size" and isinstance(value, int):
+        return [value, value]
+    if key == "scales" and value is None and settings["backbone_name"] in BACKBONES:
+        return list(BACKBONES[settings["backbone_name"]].scales)
+    return value
 
 
 def _flow_steps(model: FastFlow) -> list[tuple[str, FlowStep]]:

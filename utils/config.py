@@ -103,9 +103,10 @@ class Config:
         None,
     )
     scales: list[int] | None = key(
-        "input size / size of the feature maps; may be left out likewise",
-        "输入尺寸 / 特征图尺寸；同样可以省略",
+        "input size / size of the feature maps that are used, finest first; may be left out: the backbone's usual ones",
+        "所用特征图的输入尺寸 / 特征图尺寸，从细到粗；可以省略，用骨干网络通常的几个",
         None,
+        decides="model",
         least=1,
     )
     pretrained: Literal["imagenet", "offline"] = key(
@@ -113,9 +114,19 @@ class Config:
         "imagenet：真实权重，没有时用离线起点并警告；offline：直接用离线起点",
         "imagenet",
     )
-    mask_rule: Literal["published", "half"] = key(
-        "mask pixels that count after the bilinear resize: published: those that are still 255; half: those from 128",
-        "掩码双线性缩放后哪些像素算缺陷：published：仍为 255 的；half：不小于 128 的",
+    white_level: int | None = key(
+        "value of white in 16-bit pictures, such as 4095 of a 12-bit camera; may be left out: training finds it",
+        "16 位图片中白色的值，例如 12 位相机的 4095；可以省略，由训练找出",
+        None,
+        decides="training",
+        least=1,
+        most=65535,
+    )
+    mask_rule: Literal["published", "half", "nonzero"] = key(
+        "mask pixels that count after the bilinear resize: published: those that are still 255; half: those from 128; "
+        "nonzero: as half, of masks made 255 wherever they are not 0",
+        "掩码双线性缩放后哪些像素算缺陷：published：仍为 255 的；half：不小于 128 的；"
+        "nonzero：先把不为 0 的值都当作 255，再同 half",
         "published",
         decides="training",
     )
@@ -361,8 +372,9 @@ def _check(type_: Any, bounds: Mapping[str, Any], value: Any, source: str, name:
     if origin is types.UnionType:  # of a list and one other
         if value is None and types.NoneType in typing.get_args(type_):
             return None
-        (type_,) = (t for t in typing.get_args(type_) if (typing.get_origin(t) is list) == isinstance(value, list))
-        return _check(type_, bounds, value, source, name)
+        others = [t for t in typing.get_args(type_) if t is not types.NoneType]
+        chosen = next((t for t in others if (typing.get_origin(t) is list) == isinstance(value, list)), others[0])
+        return _check(chosen, bounds, value, source, name)
     if origin is Literal:
         choices = typing.get_args(type_)
         if not isinstance(value, str) or value not in choices:

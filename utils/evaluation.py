@@ -1,6 +1,6 @@
 """Scores of a test set and the figures made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +8,10 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from datasets.mvtec import GroundTruth
+from datasets.mvtec import GroundTruth, LabelledImage, load_ground_truth
 from deploy.common.cli import UserError
 from models.fastflow import FastFlow, negative_log_likelihood
+from utils.config import Config
 from utils.features import CacheBudget, FeatureCache
 from utils.metrics import aupro, auroc, average_precision, f1_max
 from utils.training import Training
@@ -103,6 +104,7 @@ class Evaluation:
         truth: GroundTruth,
         held_out: Sequence[Path],
         budget: CacheBudget,
+        read: Callable[[Path], np.ndarray],
     ) -> None:
         """
         Args:
@@ -111,11 +113,12 @@ class Evaluation:
             truth: of the test pictures.
             held_out: good pictures that the training does not see, none perhaps.
             budget: for the features.
+            read: gives a picture, (h, w, 3) uint8 RGB.
         """
         self._training, self._truth = training, truth
         extractor, size = training.model.feature_extractor, training.config.size
-        self._test = FeatureCache(extractor, test, size, budget, "test pictures")
-        self._held_out = FeatureCache(extractor, held_out, size, budget, "held-out pictures")
+        self._test = FeatureCache(extractor, test, size, budget, "test pictures", read)
+        self._held_out = FeatureCache(extractor, held_out, size, budget, "held-out pictures", read)
 
     @property
     def place(self) -> str:
@@ -161,3 +164,48 @@ def measure_all(scores: Scores, truth: GroundTruth) -> dict[str, float | None]:
         "pixel_f1_threshold": pixel_threshold,
         "aupro": overlap,
     }
+
+
+def measure_defects(
+    scores: Scores, truth: GroundTruth, test: Sequence[LabelledImage], config: Config, threshold: float
+) -> dict[str, dict[str, float | int | None]]:
+    """Figures of each defect's folder, by its name: as if its pictures and the good ones were the whole test set.
+
+    Pixels are measured in every folder that has masks, whether the others have any or not.
+
+    Args:
+        scores: of the N pictures.
+        truth: of them.
+        test: the N pictures.
+        config: of the model; the rule of the masks.
+        threshold: a picture is an anomaly above it.
+
+    Returns:
+        `image_auroc`, `pixel_auroc` and `aupro`, in [0, 1], or None as in `measure`; `images_with_mask`;
+        `defect_test_pictures`, how many of the folder count as such, and `missed_defects`, how many of these are not
+        above the threshold.
+
+    Raises:
+        UserError: a mask cannot be read.
+    """
+    folders = np.array([image.defect for image in test], dtype=object)
+    good = np.array([image.defect is None for image in test], dtype=bool)
+    good_pixels = np.sort(scores.pixel[good], axis=None)  # once for all folders: no mask lies in them
+    rows = {}
+    for name in dict.fromkeys(folders[~good]):
+        of = folders == name
+        if truth.masks is None:  # of some folder, not of this one perhaps
+            masks = load_ground_truth(
+                [image for image in test if image.defect == name], config.size, config.mask_rule
+            ).masks
+        else:
+            masks = truth.masks[of]
+        rows[name] = {
+            "image_auroc": auroc(scores.image[of | good], truth.labels[of | good]),
+            "pixel_auroc": None if masks is None else auroc(scores.pixel[of], masks, good_pixels),
+            "aupro": None if masks is None else aupro(scores.pixel[of], masks, others=good_pixels),
+            "images_with_mask": 0 if masks is None else len(masks),
+            "defect_test_pictures": int(truth.labels[of].sum()),
+            "missed_defects": int((truth.labels[of] & (scores.image[of] <= threshold)).sum()),
+        }
+    return rows

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,7 +15,7 @@ from paddle import Tensor, nn
 from tqdm import tqdm
 
 from datasets.mvtec import read_batches
-from deploy.common.imaging import normalise
+from deploy.common.imaging import normalise, read_rgb
 from deploy.common.runtime import available_memory, local_processes
 from models.backbone import feature_shapes
 
@@ -60,14 +60,20 @@ class FeatureCache:
     """
 
     def __init__(
-        self, backbone: nn.Layer, paths: Sequence[Path], size: tuple[int, int], budget: CacheBudget, description: str
+        self,
+        backbone: nn.Layer,
+        paths: Sequence[Path],
+        size: tuple[int, int],
+        budget: CacheBudget,
+        description: str,
+        read: Callable[[Path], np.ndarray] = read_rgb,
     ) -> None:
-        """Read all pictures once, resized to `size` = (H, W), so that a damaged one shows here.
+        """Read all pictures once with `read`, resized to `size` = (H, W), so that a damaged one shows here.
 
         Raises:
             UserError: a picture cannot be read.
         """
-        self._backbone, self._paths, self._size = backbone, list(paths), size
+        self._backbone, self._paths, self._size, self._read = backbone, list(paths), size, read
         shapes = feature_shapes(backbone, size)
         feature_bytes = 4 * len(paths) * sum(math.prod(shape) for shape in shapes)  # of float32
         picture_bytes = len(paths) * math.prod(size) * 3
@@ -104,7 +110,9 @@ class FeatureCache:
             return [paddle.to_tensor(maps[indices]) for maps in self._features]
         if self._pictures is not None:
             return self._compute(self._pictures[indices])
-        return self._compute(next(read_batches([self._paths[i] for i in indices], len(indices), self._size)))
+        return self._compute(
+            next(read_batches([self._paths[i] for i in indices], len(indices), self._size, self._read))
+        )
 
     def _compute(self, pictures: np.ndarray) -> list[Tensor]:
         """(B, H, W, 3) uint8 -> features, (B, C, h, w) per scale."""
@@ -113,7 +121,7 @@ class FeatureCache:
     def _fill(self, description: str) -> None:
         start = 0
         with tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False) as bar:
-            for pictures in read_batches(self._paths, CACHING_BATCH, self._size):
+            for pictures in read_batches(self._paths, CACHING_BATCH, self._size, self._read):
                 end = start + len(pictures)
                 if self._features:
                     for whole, part in zip(self._features, self._compute(pictures), strict=True):

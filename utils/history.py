@@ -2,13 +2,16 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
+
 from deploy.common.files import write_text
 from utils.config import Config
-from utils.plots import blank_figure, write_figure
+from utils.plots import blank_figure, drawable, write_figure
 from utils.results import figure, rounded
 
 
@@ -101,28 +104,69 @@ def write_csv(path: Path, history: Sequence[EpochRow]) -> None:
 
 
 def draw_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
-    """Loss, and the AUROCs where they were measured, over the epochs, as PNG."""
-    title = title.encode(errors="replace").decode()  # fonts know no bytes of names that are no text
-    picture = blank_figure(10, 4)
-    left, right = picture.subplots(1, 2)
-    left.plot([row.epoch for row in history], [row.loss for row in history], marker=".", label="training")
-    held_out = [row for row in history if row.val_loss is not None]
-    if held_out:
-        left.plot([r.epoch for r in held_out], [r.val_loss for r in held_out], marker=".", label="held out")
-        left.legend()
-    left.set_title(f"{title}: loss", parse_math=False)  # names may hold a $
-    left.set(xlabel="epoch", ylabel="negative log-likelihood per dimension")
-    for name in ("image_auroc", "pixel_auroc"):
-        measured = [row for row in history if getattr(row, name) is not None]
-        if measured:
-            label = name.replace("_auroc", " AUROC")
-            right.plot([r.epoch for r in measured], [getattr(r, name) for r in measured], marker=".", label=label)
-    right.set_title(f"{title}: test set", parse_math=False)
-    right.set(xlabel="epoch", ylabel="AUROC")
-    best = best_row(history)
-    if best:
-        right.axvline(best.epoch, color="grey", linestyle=":", label=f"chosen: epoch {best.epoch}")
-        right.legend()
-    for axes in (left, right):
+    """Losses, and the AUROCs where they were measured, over the epochs, as PNG; no file without an epoch.
+
+    Each panel has room for what most epochs need (see `shown_range`); the legend tells of what lies outside. A title
+    that the font cannot write is left out.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    panels = []
+    for name, unit, lower_is_better, labels in (
+        ("loss", "negative log-likelihood per dimension", True, {"loss": "training", "val_loss": "held out"}),
+        ("test set", "AUROC", False, {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC"}),
+    ):
+        curves = {label: _curve(history, key) for key, label in labels.items()}
+        curves = {label: curve for label, curve in curves.items() if curve.size}
+        if curves:
+            shown = shown_range([values for _, values in curves.values()], lower_is_better)
+            panels.append((f"{title}: {name}" if drawable(title) else name, unit, curves, shown))
+    if not panels:
+        path.unlink(missing_ok=True)
+        return
+    chosen = best_row(history).epoch
+    picture = blank_figure(5 * len(panels), 4.5)
+    places = picture.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (heading, unit, curves, (low, high)) in zip(places, panels, strict=True):
+        for label, (epochs, values) in curves.items():
+            outside = values[~((low <= values) & (values <= high))]
+            if len(outside):
+                label += f" ({len(outside)} of {len(values)} outside, to {outside[np.abs(outside).argmax()]:.3g})"
+            axes.plot(epochs, values, marker="." if len(values) <= 100 else None, label=label)
+        axes.axvline(chosen, color="grey", linestyle=":", label=f"chosen: epoch {chosen}")
+        axes.set_title(textwrap.fill(heading, 48), parse_math=False)  # names may hold a $
+        axes.set(xlabel="epoch", ylabel=unit, xlim=(0.5, history[-1].epoch + 0.5), ylim=(low, high))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
         axes.grid(alpha=0.3)
     write_figure(path, picture)
+
+
+def _curve(history: Sequence[EpochRow], key: str) -> np.ndarray:
+    """(2, K): the epochs in which it was measured, and its values."""
+    measured = [(row.epoch, getattr(row, key)) for row in history if getattr(row, key) is not None]
+    return np.reshape(measured, (-1, 2)).T
+
+
+def shown_range(curves: Sequence[np.ndarray], lower_is_better: bool) -> tuple[float, float]:
+    """The lowest and the highest value that a picture of the curves, (K,) each over the epochs, has room for.
+
+    They are those between the curves' deciles, and as far again on both sides, without the first epoch's: it would
+    flatten the others. Neither do values count that are worse than it, where the training diverged, unless most are.
+    The range is 0.01 or more, so that three decimals tell its values apart.
+    """
+    shown = []
+    for values in curves:
+        values = values[np.isfinite(values)]
+        later = values[1:] if len(values) > 2 else values
+        if not len(later):
+            continue
+        sound = later[later <= values[0]] if lower_is_better else later
+        lower, upper = np.quantile(sound if 2 * len(sound) > len(later) else later, (0.1, 0.9))
+        reach = upper - lower
+        shown.append(values[(lower - reach <= values) & (values <= upper + reach)])
+    values = np.concatenate(shown) if shown else np.zeros(1)
+    low, high = values.min(), values.max()
+    margin = max(0.05 * (high - low), 0.005)
+    return low - margin, high + margin

@@ -3,6 +3,7 @@
 `scores` are finite and of any shape, `labels` are bool of the same shape; True is the positive (anomalous) class.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -13,26 +14,30 @@ from deploy.common.runtime import available_cores
 WORTH_A_THREAD = 500_000  # scores to sort
 
 
-def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+def auroc(scores: np.ndarray, labels: np.ndarray, others: Sequence[float] = ()) -> float | None:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+
+    Args:
+        scores, labels: as everywhere here.
+        others: (K,) ascending, scores of further negatives; figures that share them sort them once.
 
     Returns:
         in [0, 1], or None if one of the classes is empty: there is no curve then.
     """
     positives, negatives = np.sort(scores[labels]), scores[~labels]
-    if not len(positives) or not len(negatives):
+    total = len(negatives) + len(others)
+    if not len(positives) or not total:
         return None
 
-    def twice_the_wins(part: np.ndarray) -> int:
+    def twice_the_wins(ascending: np.ndarray) -> int:
         """Of the positives over these negatives; a tie is half a win (Mann-Whitney U)."""
-        part = np.sort(part)
-        return sum(np.searchsorted(part, positives, side=side).sum(dtype=np.int64) for side in ("left", "right"))
+        return sum(np.searchsorted(ascending, positives, side=side).sum(dtype=np.int64) for side in ("left", "right"))
 
     # The sort takes most of the time of an evaluation; numpy lets other threads work meanwhile.
     parts = np.array_split(negatives, min(available_cores(), 1 + len(negatives) // WORTH_A_THREAD))
     with ThreadPoolExecutor(len(parts)) as pool:
-        wins = sum(pool.map(twice_the_wins, parts))
-    return float(wins / (2 * len(positives) * len(negatives)))
+        wins = sum(pool.map(lambda part: twice_the_wins(np.sort(part)), parts)) + twice_the_wins(others)
+    return float(wins / (2 * len(positives) * total))
 
 
 def roc_curve(scores: np.ndarray, labels: np.ndarray, points: int = 500) -> tuple[np.ndarray, np.ndarray] | None:
@@ -93,7 +98,7 @@ def f1_score(accepted: np.ndarray, labels: np.ndarray) -> float | None:
     return float(2 * (accepted & labels).sum() / (accepted.sum() + labels.sum()))
 
 
-def aupro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float | None:
+def aupro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3, others: Sequence[float] = ()) -> float | None:
     """Area under the per-region overlap curve up to a false positive rate, divided by that rate.
 
     As MVTec AD defines it (Bergmann et al. 2021, doi 10.1007/s11263-020-01400-4): at each threshold PRO is the mean,
@@ -105,28 +110,27 @@ def aupro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float | 
         scores: (N, H, W), finite.
         masks: (N, H, W) bool.
         limit: the highest FPR, in (0, 1].
+        others: (K,) ascending, scores of further normal pixels, as in `auroc`.
 
     Returns:
         in [0, 1], or None if no pixel or every pixel is in a mask.
     """
     positives, negatives = scores[masks], np.sort(scores[~masks])
-    if not len(positives) or not len(negatives):
+    total = len(negatives) + len(others)
+    if not len(positives) or not total:
         return None
-    order = positives.argsort()
-    positives = positives[order]
-    # pro[i]: PRO where positives[i:] are accepted
-    pro = np.append(_region_weights(masks)[order][::-1].cumsum()[::-1], 0.0)
-
-    # The curve moves right at the scores of negatives only, v, each in a step from `left` to `right`.
-    total = len(negatives)
-    first = np.flatnonzero(np.append(True, negatives[1:] != negatives[:-1]))  # of each group of equal negatives
-    right, left = (total - first) / total, (total - np.append(first[1:], total)) / total  # FPR of >= v, of > v
-    inside = left < limit
-    v, right, left = negatives[first[inside]], right[inside], left[inside]
-    upper, lower = pro[np.searchsorted(positives, v, side="left")], pro[np.searchsorted(positives, v, side="right")]
-    part = np.clip((limit - left) / (right - left), 0, 1)  # of the step from left to right
-    areas = (right - left) * part * (lower + (upper - lower) * part / 2)
-    return min(float(areas.sum() / limit), 1.0)  # sums of roundings may pass it
+    order = positives.argsort()  # which makes the searches faster
+    positives, weights = positives[order], _region_weights(masks)[order]
+    # A pixel of a region joins the curve while the FPR goes from `left`, of what scores more than it, to `right`, of
+    # what scores as much: in proportion on the way, as a whole from there on.
+    left, right = (
+        (total - sum(np.searchsorted(ascending, positives, side) for ascending in (negatives, others))) / total
+        for side in ("right", "left")
+    )
+    way = np.clip(limit - left, 0, right - left)  # how much of it lies before the limit
+    joined = np.divide(way, right - left, out=np.zeros_like(way), where=way > 0)
+    areas = way * joined / 2 + np.maximum(limit - right, 0)
+    return min(float((weights * areas).sum() / limit), 1.0)  # sums of roundings may pass it
 
 
 def _region_weights(masks: np.ndarray) -> np.ndarray:

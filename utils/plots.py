@@ -21,6 +21,13 @@ def blank_figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def drawable(text: str) -> bool:
+    """Whether the font of the figures has all its characters; the others become boxes, with a warning for each."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return all(map(get_font(findfont(FontProperties())).get_char_index, map(ord, text)))
+
+
 def write_figure(path: Path, figure: "Figure") -> None:
     """Write it with 100 dots an inch in the format of the file's suffix.
 

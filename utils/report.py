@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasets.mvtec import GroundTruth
-from deploy.common.cli import warn
+from deploy.common.cli import printable, warn
 from deploy.common.files import alone, write_text, write_whole
 from deploy.common.imaging import draw_result, read_rgb, write_picture
 from utils.metrics import roc_curve
@@ -33,6 +33,7 @@ TITLES = {
     "pixel_f1_max": "pixel f1-max",
     "aupro": "aupro",
 }
+BY_DEFECT = ("pixel_auroc", "image_auroc", "aupro")  # which of them each defect's folder has too
 PUBLISHED_MEANS = {  # means over MVTec AD's 15 categories
     "published reproduction": {"pixel_auroc": 0.972, "image_auroc": 0.980},
     "paper": {"pixel_auroc": 0.972, "image_auroc": 0.979},
@@ -52,7 +53,7 @@ def means(rows: Mapping[str, Row]) -> dict[str, float | None]:
 
 
 def print_results(rows: Mapping[str, Row], all_metrics: bool) -> None:
-    """What the figures were measured with; a table of all of them if asked for; last the published lines.
+    """What the figures were measured with; if asked for, tables of all of them; last the published lines.
 
     These are pixel and image AUROC of each category and of `all`, the mean of the rounded figures.
     """
@@ -64,9 +65,61 @@ def print_results(rows: Mapping[str, Row], all_metrics: bool) -> None:
         for name, row in [*rows.items(), ("mean", means(rows))]:
             cells = [f"{figure(row.get(key)):>{len(title)}}" for key, title in TITLES.items()]
             print("  ".join([f"{name:<{width}}", *cells]))
+        table = defect_table(rows, figure)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells in table:
+            aligned = zip(cells, "<<>>>>", widths, strict=True)
+            print("  ".join(f"{cell:{side}{width}}" for cell, side, width in aligned))
+        for line in defect_notes(rows):
+            print(line)
     mean = means({name: {key: rounded(row.get(key)) for key in TITLES} for name, row in rows.items()})
     for name, row in {**rows, "all": mean}.items():
         print(published_line(name, row["pixel_auroc"], row["image_auroc"]))
+
+
+def defect_table(rows: Mapping[str, Row], text: Callable[[float | None], str]) -> list[list[str]]:
+    """Titles and a line for each defect's folder, as cells; nothing where no category has any.
+
+    `text` writes a figure. `missed`: so many of its pictures are not above the image threshold, of so many.
+    """
+    lines = [
+        [
+            *(printable(name), printable(defect), *(text(figures[key]) for key in BY_DEFECT)),
+            f"{figures['missed_defects']} of {figures['defect_test_pictures']}",
+        ]
+        for name, row in rows.items()
+        for defect, figures in row.get("defects", {}).items()
+    ]
+    return [["category", "defect", *(TITLES[key] for key in BY_DEFECT), "missed"], *lines] if lines else []
+
+
+def defect_notes(rows: Mapping[str, Row]) -> list[str]:
+    """The foot of the figures by defect: the thresholds that `missed` stands for, and why figures are n/a."""
+    known = {name: row for name, row in rows.items() if row.get("defects")}
+
+    def threshold(row: Row) -> str:
+        return f"not above the image threshold {row['decisions']['image']:.3f} ({row['decisions']['rule']})"
+
+    lines = _alike("missed", known, threshold) if known else []
+    for reason, holds in (
+        (
+            "image auroc n/a: no good picture to compare with",
+            lambda figures: figures["image_auroc"] is None and figures["defect_test_pictures"],
+        ),
+        ("pixel auroc and aupro n/a: no masks", lambda figures: not figures["images_with_mask"]),
+        (
+            "n/a: no pixel of the defect is left of any of its masks (mask_rule)",
+            lambda figures: figures["images_with_mask"] and figures["pixel_auroc"] is None,
+        ),
+    ):
+        names = []
+        for name, row in known.items():
+            concerned = [defect for defect, figures in row["defects"].items() if holds(figures)]
+            whole = len(concerned) == len(row["defects"])
+            names += [name] if whole else [f"{name}/{defect}" for defect in concerned]
+        if names:
+            lines.append(f"{reason}: {printable(', '.join(names))}")
+    return lines
 
 
 def provenance(rows: Mapping[str, Row]) -> list[str]:
@@ -144,23 +197,38 @@ def csv_table(rows: Mapping[str, Row]) -> str:
 
 
 def markdown_table(experiment: str, rows: Mapping[str, Row]) -> str:
-    """The table in percent, with the mean, the published means to compare it with, and its provenance."""
+    """The table in percent, with the mean, the published means to compare it with, and its provenance.
+
+    Then the figures by defect, where there are any.
+    """
+
+    def percent(value: float | None, digits: int = 2) -> str:
+        return "n/a" if value is None else f"{100 * value:.{digits}f}"
+
+    def cells(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |\n"
 
     def line(name: str, row: Row, digits: int) -> str:
-        cells = ["n/a" if row.get(key) is None else f"{100 * row[key]:.{digits}f}" for key in TITLES]
-        return f"| {' | '.join([name, *cells])} |\n"
+        return cells([name, *(percent(row.get(key), digits) for key in TITLES)])
 
     count = f"{len(rows)} categor{'y' if len(rows) == 1 else 'ies'}"
-    table = f"| category | {' | '.join(TITLES.values())} |\n| :-- |{' --: |' * len(TITLES)}\n"
-    table += "".join(line(name.replace("|", "\\|"), row, 2) for name, row in rows.items())
+    table = cells(["category", *TITLES.values()]) + f"| :-- |{' --: |' * len(TITLES)}\n"
+    table += "".join(line(name, row, 2) for name, row in rows.items())
     table += line(f"**mean of {count}**", means(rows), 2)
     table += "".join(line(f"{name}, 15 categories", row, 1) for name, row in PUBLISHED_MEANS.items())
+    by_defect = ""
+    if defects := defect_table(rows, percent):
+        titles, *lines = map(cells, defects)
+        by_defect = f"\n## By defect\n\n{titles}| :-- | :-- |{' --: |' * (len(defects[0]) - 2)}\n{''.join(lines)}\n"
+        by_defect += "In percent, each with the good pictures as if there were no other defect.\n\n"
+        by_defect += "".join(f"* {text}\n" for text in defect_notes(rows))
     return (
         f"# Evaluation of {experiment}\n\n{table}\n"
         "In percent. aupro: up to a false positive rate of 0.3; n/a: not measured, and left out of the mean.\n\n"
         f"The mean here is over {count}, those of the published reproduction and of the paper are over MVTec AD's 15 "
         "categories. The published best checkpoint was chosen on the test set.\n\n"
         + "".join(f"* {text}\n" for text in provenance(rows))
+        + by_defect
     )
 
 
@@ -168,29 +236,37 @@ def markdown_table(experiment: str, rows: Mapping[str, Row]) -> str:
 
 
 def draw_evaluation(
-    folder: Path, paths: Sequence[Path], scores: "Scores", truth: GroundTruth, figures: Row, thresholds: Thresholds
+    folder: Path,
+    paths: Sequence[Path],
+    scores: "Scores",
+    truth: GroundTruth,
+    figures: Row,
+    thresholds: Thresholds,
+    read: Callable[[Path], np.ndarray] = read_rgb,
 ) -> None:
-    """Draw roc.png, scores.png, worst_false_positive.jpg and worst_false_negative.jpg.
+    """Draw roc.png, scores.png, highest_good.jpg and lowest_defect.jpg.
 
-    The worst are the good picture with the highest score and the defect picture with the lowest, decided wrongly or
-    not. A picture that has nothing to show is removed if an earlier run drew it.
+    The last two are the good picture with the highest score and the defect picture with the lowest, decided wrongly or
+    not; `read` gives them, (h, w, 3) uint8 RGB. A picture that has nothing to show is removed if an earlier run drew
+    it, and so are those of earlier names.
 
     Raises:
         UserError: a file cannot be written.
     """
     draw_roc(folder / "roc.png", scores, truth, figures)
     draw_scores(folder / "scores.png", scores, truth, thresholds)
-    for name, candidates, worst in (
-        ("worst_false_positive.jpg", np.flatnonzero(~truth.labels), np.argmax),
-        ("worst_false_negative.jpg", np.flatnonzero(truth.labels), np.argmin),
+    for name, earlier, candidates, extreme in (
+        ("highest_good.jpg", "worst_false_positive.jpg", np.flatnonzero(~truth.labels), np.argmax),
+        ("lowest_defect.jpg", "worst_false_negative.jpg", np.flatnonzero(truth.labels), np.argmin),
     ):
+        (folder / earlier).unlink(missing_ok=True)
         if not len(candidates):
             (folder / name).unlink(missing_ok=True)
             continue
-        i = candidates[worst(scores.image[candidates])]
-        drawing = draw_result(
-            read_rgb(paths[i]), scores.pixel[i], float(scores.image[i]), thresholds.image, thresholds.pixel
-        )
+        i = candidates[extreme(scores.image[candidates])]
+        mask = None if truth.masks is None else truth.masks[i]
+        score = float(scores.image[i])
+        drawing = draw_result(read(paths[i]), scores.pixel[i], score, thresholds.image, thresholds.pixel, mask)
         write_picture(folder / name, drawing)
 
 
@@ -215,20 +291,21 @@ def draw_roc(path: Path, scores: "Scores", truth: GroundTruth, figures: Row) -> 
 
 
 def draw_scores(path: Path, scores: "Scores", truth: GroundTruth, thresholds: Thresholds) -> None:
-    """How the image scores of good and of defect pictures are distributed, with the threshold."""
+    """How the image scores of good and of defect pictures are distributed, with the threshold; the legend beside it."""
     if not len(scores.image):
         path.unlink(missing_ok=True)
         return
-    picture = blank_figure(7, 4)
+    picture = blank_figure(9, 4)
     axes = picture.subplots()
-    bins = np.linspace(float(scores.image.min()), float(scores.image.max()) + 1e-6, 31)  # never of width 0
+    low, high = float(scores.image.min()), float(scores.image.max())
+    bins = np.linspace(low, max(high, low + 0.01), 31)  # wide enough for three decimals
     for name, of in (("good", ~truth.labels), ("defect", truth.labels)):
         axes.hist(scores.image[of], bins, alpha=0.6, label=f"{name}: {of.sum()} pictures")
     label = f"threshold {thresholds.image:.3f} ({thresholds.rule})"
     axes.axvline(thresholds.image, color="black", linestyle=":", label=label)
     axes.set(xlabel="image score", ylabel="pictures")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    picture.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     write_figure(path, picture)
 

@@ -60,6 +60,19 @@ def evaluation_line(image: float | None, pixel: float | None) -> str:
     return f"EVAL:  image-auc : {figure(image, 6)} pixel-auc:{figure(pixel, 6)}"
 
 
+def describe_lack(labels: np.ndarray) -> str | None:
+    """What a test set lacks for an AUROC, in words; None if nothing.
+
+    Args:
+        labels: (N,) bool, which of its pictures have a defect.
+    """
+    if labels.any() and not labels.all():
+        return None
+    if not labels.size:
+        return "has no test pictures"
+    return "has no test picture " + ("that is good" if labels.all() else "with a defect")
+
+
 def describe_backbone(provenance: dict[str, Any]) -> str:
     """Where the backbone's weights came from, in a line."""
     if provenance == UNSTATED:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from utils.evaluation import Scores  # imports paddle, which scripts must set up before
 
 CALIBRATED = ("f1", "quantile")
+CHANCE = 0.01  # below this probability something else than chance is at work
 FALSE_ALARM_RATE = 0.05  # of the rule quantile, where none is asked for
 FILE_NAME = "thresholds.yaml"
 RULES = (PUBLISHED_RULE, *CALIBRATED)
@@ -120,10 +121,10 @@ def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: P
             f"{path}: the threshold rule quantile needs good pictures that training did not use, and this one held "
             "none out; train with -cfg configs/resnet18_stable.yaml or -o holdout=0.1, or take another rule"
         )
-    present = {picture.name: picture for picture in category.train}
+    present = {category.name_of(picture): picture for picture in category.train}
     missing = [name for name in names if name not in present]
     if missing:
-        folder = category.train[0].parent
+        folder = category.good_folders[0].path
         raise UserError(
             f"{folder / missing[0]}: no such picture, but {path} holds it out ({len(missing)} of {len(names)} are "
             "missing); give --data as in its training, or train again"
@@ -143,6 +144,35 @@ def outcome(thresholds: Thresholds, scores: "Scores", truth: GroundTruth) -> dic
         "defect_test_pictures": int(truth.labels.sum()),
         "missed_defects": int((~anomalies & truth.labels).sum()),
     }
+
+
+def alarm_line(decisions: Mapping[str, float | None], rate: float | None) -> str:
+    """An `outcome` in a line, for example `false alarms 1 of 18 good (promised 0.10), missed 0 of 20 defects`."""
+    promised = "" if rate is None else f" (promised {rate:.2f})" if rate >= 0.01 else f" (promised {rate:.1g})"
+    return (
+        f"false alarms {decisions['false_alarms']} of {decisions['good_test_pictures']} good{promised}, "
+        f"missed {decisions['missed_defects']} of {decisions['defect_test_pictures']} defects"
+    )
+
+
+def broken_promise(decisions: Mapping[str, float | None], rate: float) -> str | None:
+    """What to say where an `outcome` has more false alarms than the promised rate and chance explain; None elsewhere.
+
+    Of n good pictures at most a share `rate` scores above the threshold, each independently: k or more of them do with
+    a probability of sum over i >= k of C(n, i) rate^i (1 - rate)^(n - i), which chance is given up for below `CHANCE`.
+    """
+    alarms, good = decisions["false_alarms"], decisions["good_test_pictures"]
+    log_terms = (
+        math.log(math.comb(good, i)) + i * math.log(rate) + (good - i) * math.log1p(-rate)
+        for i in range(alarms, good + 1)
+    )
+    if not alarms or sum(map(math.exp, log_terms)) >= CHANCE:
+        return None
+    return (
+        f"{alarms} of {good} good test pictures are called anomalies where {rate:.2g} was promised, more than by "
+        "chance: the test pictures are not like those of train (another day, light, place or part?); learn from good "
+        "pictures of that kind too, or choose the threshold by defects, with --threshold_rule f1"
+    )
 
 
 def write_thresholds(

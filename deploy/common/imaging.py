@@ -5,23 +5,26 @@ import glob
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from deploy.common.bombs import Bomb, check_size, check_structure
-from deploy.common.cli import UserError, escaped
+from deploy.common.cli import UserError, escaped, warn
 from deploy.common.files import regular_file, write_whole
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that starts another program
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what is inside decides; nothing that starts another program
 # Of ImageNet, RGB, for pictures in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+FULL_WHITE = 65535  # of 16-bit pictures where nobody says otherwise
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+MARKED, TRUE = (255, 0, 0), (0, 255, 255)  # outlines, RGB: told apart in grey too
 PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
 PUBLISHED_RULE = "published"  # which says so
 
@@ -97,10 +100,72 @@ def is_image(path: Path) -> bool:
 
 
 def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
-    """Decode a picture of any mode to (H, W, 3) uint8 RGB.
+    """Decode a picture of any mode to (H, W, 3) uint8 RGB, of 16 bit with 65535 as white; see `decode`.
 
-    Grey becomes three equal channels, a palette its colours, 16 bit is scaled to 8, alpha is dropped. What EXIF says
-    of its orientation is followed.
+    Raises:
+        UserError: as `decode`.
+    """
+    return to_rgb(decode(path, content, max_pixels), FULL_WHITE)
+
+
+class PictureReader:
+    """Reads the pictures of one model: those of 16 bit with the white that its training pictures had.
+
+    Other pictures may be brighter; then it warns, once.
+    """
+
+    def __init__(self, white_level: int | None) -> None:
+        """`white_level`: the value of white, up to 65535; None: the model has learnt from pictures of 8 bit."""
+        self._white = white_level
+        self._warned = False
+
+    def __call__(self, path: Path) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Raises:
+            UserError: as `decode`.
+        """
+        array = decode(path)
+        if not self._warned and (odd := odd_white(array, self._white)):
+            self._warned = True
+            warn(f"{path}: {odd}; later ones like it are not named")
+        return to_rgb(array, self._white or FULL_WHITE)
+
+
+def odd_white(array: np.ndarray, white_level: int | None) -> str | None:
+    """What is wrong with a decoded picture for a model of this white level; None: nothing."""
+    if array.dtype != np.uint16:
+        return None
+    if white_level is None:
+        return f"is of 16 bit, those of the training were of 8; {FULL_WHITE} is taken for white (see white_level)"
+    highest = int(array.max())
+    if highest > white_level:
+        return f"has values up to {highest}; all above white_level {white_level} is white"
+    return None
+
+
+def to_rgb(array: np.ndarray, white_level: int) -> np.ndarray:
+    """What `decode` gives -> (H, W, 3) uint8 RGB; 16-bit values v become 255 v / white_level, rounded, at most 255."""
+    if array.dtype == np.uint16:
+        array = cv2.convertScaleAbs(array, alpha=255 / white_level)  # in one pass, without copies in other types
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    return array
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    return read_rgb(path).max(axis=2)
+
+
+def decode(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
+    """Decode a picture of any mode to (H, W, 3) uint8, or where it has 16 bit to (H, W) or (H, W, 3) uint16.
+
+    A palette becomes its colours, alpha is dropped. What EXIF says of its orientation is followed.
 
     Args:
         path: the file; errors name it.
@@ -111,30 +176,13 @@ def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = ma
         UserError: missing, truncated, not a picture, more pixels than `max_pixels` or than Pillow takes for a
             decompression bomb, or a bomb of another kind (see `deploy.common.bombs`).
     """
-    array = _decode(path, content, max_pixels)
-    if array.dtype == np.uint16:
-        array = cv2.convertScaleAbs(array, alpha=1 / 257)  # rounds; in one pass, without copies in other types
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
-    return array
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
-
-    Raises:
-        UserError: as `read_rgb`.
-    """
-    return read_rgb(path).max(axis=2)
-
-
-def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarray:
-    """(H, W, 3) uint8, or (H, W) uint16."""
     try:
         with contextlib.nullcontext(content) if content else regular_file(path).open("rb") as file:
             check_structure(file, max_pixels)
         with Image.open(content or path, formats=FORMATS) as image:  # by its name, so that bitmaps are mapped
             check_size(image, max_pixels)
+            if not image.mode.startswith("I") and ";16" in str(image.tile[:1]):
+                return _decode_deep_colour(path, content, image)
             ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
             if not image.mode.startswith("I"):
                 if image.mode == "F":
@@ -152,6 +200,22 @@ def _decode(path: Path, content: BinaryIO | None, max_pixels: float) -> np.ndarr
     if array.min() < 0 or array.max() > 65535:
         raise UserError(f"{path}: has pixels beyond 16 bit; save it with 8 or 16 bit")
     return array.astype(np.uint16, copy=False)
+
+
+def _decode_deep_colour(path: Path, content: BinaryIO | None, image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint16 RGB of a file with 16 bit a colour, opened as `image`; Pillow would drop the lower 8 of them."""
+    image.load()  # fails where the file is damaged; OpenCV would fill the rest with something
+    if content:
+        content.seek(0)
+    data = content.read() if content else path.read_bytes()
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # as stored: BGR(A), not turned
+    if array is None or array.dtype != np.uint16 or array.ndim != 3:
+        raise ValueError("16 bit a colour, in a form that OpenCV does not read; save it as PNG")
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turn in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    array = array[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
+    return np.ascontiguousarray(array[..., 2::-1])
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -199,39 +263,146 @@ def drawn_size(picture: np.ndarray) -> np.ndarray:
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
 
 
-def draw_result(
-    picture: np.ndarray, anomaly_map: np.ndarray, score: float, image_threshold: float, pixel_threshold: float
-) -> np.ndarray:
-    """Three panels side by side: the picture, the heat map over it, the thresholded mask with its outline.
+def heat_colours(scores: np.ndarray, pixel_threshold: float) -> np.ndarray:
+    """Colours of the heat map, in every figure and on the service's page: OpenCV's plasma.
+
+    It grows brighter all along, so that the colour-blind and grey prints can read it. It starts at the pixel threshold
+    and ends at a score of 1. What is not above the threshold is transparent: its colour is not to be used.
 
     Args:
-        picture: (H, W, 3) uint8 RGB.
-        anomaly_map: (h, w) float, the smoothed map in [0, 1]; the colours run from 0 to 1, the same in every figure.
-        score: image score in [0, 1].
-        image_threshold: the picture is called an anomaly above it.
-        pixel_threshold: a pixel belongs to the mask above it.
+        scores: (H, W) float, of the smoothed map.
+        pixel_threshold: any number; nothing is above one of 1 or more.
 
     Returns:
-        (panel height + caption, 3 * panel width, 3) uint8 RGB; see `drawn_size`.
+        (H, W, 3) uint8 RGB.
     """
+    positions = np.clip((scores - pixel_threshold) / max(1 - pixel_threshold, 1e-6), 0, 1)
+    colours = cv2.applyColorMap(np.uint8(np.rint(255 * positions)), cv2.COLORMAP_PLASMA)
+    return cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)
+
+
+def draw_panels(
+    picture: np.ndarray, anomaly_map: np.ndarray, pixel_threshold: float, true_mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The panels of `draw_result`, which says what they are and takes the same: (h, w, 3) uint8 RGB each."""
     picture = drawn_size(picture)
     size = picture.shape[1::-1]
     scores = cv2.resize(anomaly_map.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    marked = np.uint8(scores > pixel_threshold)
 
-    heat = cv2.applyColorMap(np.uint8(np.clip(scores, 0, 1) * 255), cv2.COLORMAP_JET)
-    heat = cv2.addWeighted(picture, 0.5, cv2.cvtColor(heat, cv2.COLOR_BGR2RGB), 0.5, 0)
+    def area(colours: np.ndarray, opacity: float) -> np.ndarray:
+        return cv2.copyTo(cv2.addWeighted(picture, 1 - opacity, colours, opacity, 0), marked, picture.copy())
 
-    mask = np.uint8(scores > pixel_threshold)
+    heat = area(heat_colours(scores, pixel_threshold), 0.6)
+    outlined = area(np.full_like(picture, MARKED), 0.3)
+    line = max(1, min(size) // 256)
+    _outline(outlined, marked, MARKED, line)
+    if true_mask is not None:
+        true = cv2.resize(np.uint8(true_mask), size, interpolation=cv2.INTER_NEAREST)
+        _outline(outlined, true, (0, 0, 0), 3 * line)  # a rim, so that it shows on bright pictures too
+        _outline(outlined, true, TRUE, line)
+    return picture, heat, outlined
+
+
+def draw_result(
+    picture: np.ndarray,
+    anomaly_map: np.ndarray,
+    score: float,
+    image_threshold: float,
+    pixel_threshold: float,
+    true_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """A caption and three panels: the picture, the heat map over it, the area above the pixel threshold.
+
+    The panels have titles, the heat map has its colour bar, the area's outlines have a legend. They are side by side;
+    one above the other where the picture is more than twice as wide as high. Texts grow with the panels and shrink to
+    the width there is.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB.
+        anomaly_map: (h, w) float, the smoothed map in [0, 1].
+        score: image score in [0, 1].
+        image_threshold: the picture is called an anomaly above it.
+        pixel_threshold: a pixel is marked, and has a colour in the heat map (see `heat_colours`), above it.
+        true_mask: (h, w) bool, where the defect is, if that is known; it is outlined beside what is marked.
+
+    Returns:
+        (height, width, 3) uint8 RGB; the panels are as large as `drawn_size` makes the picture.
+    """
+    panels = draw_panels(picture, anomaly_map, pixel_threshold, true_mask)
+    height, width = panels[0].shape[:2]
+    stacked = width > 2 * height
+    line = max(24, height // 20, width // 60 if stacked else width // 20)  # height of a line of text
+    column = max(width + line // 2, 10 * line)
+
+    levels = image_threshold, pixel_threshold
+    image_level, pixel_level = (f"{round(level, 3) + 0.0:.3f}" for level in levels)  # never -0.000
+    outlines = {f"above {pixel_level}": MARKED}
+    if true_mask is not None and true_mask.any():
+        outlines["true mask"] = TRUE
+    feet = (
+        np.full((line, column, 3), 255, np.uint8),
+        _colour_bar(pixel_threshold, pixel_level, line, column),
+        _legend(outlines, line, column),
+    )
+    cells = []
+    for title, panel, foot in zip(("picture", "anomaly scores", "marked pixels"), panels, feet, strict=True):
+        left = (column - width) // 2
+        sides = ((0, 0), (left, column - width - left), (0, 0))
+        cells.append(np.concatenate([_text(title, line, column), np.pad(panel, sides, constant_values=255), foot]))
+    body = np.concatenate(cells, axis=0 if stacked else 1)
+    decision = f"{decision_line(score, image_threshold)} (threshold {image_level}, pixels {pixel_level})"
+    return np.concatenate([_text(decision, line, body.shape[1]), body])
+
+
+def _outline(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], width: int) -> None:
+    """Draw the outlines of a (H, W) uint8 mask into the picture, this many pixels wide."""
     outlines, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    outlined = np.where(mask[..., None] > 0, picture // 2 + np.uint8([127, 0, 0]), picture)
-    outlined = cv2.drawContours(np.ascontiguousarray(outlined), outlines, -1, (255, 0, 0), max(1, size[1] // 256))
+    cv2.drawContours(picture, outlines, -1, colour, width)
 
-    panels = np.concatenate([picture, heat, outlined], axis=1)
-    caption = np.full((40, panels.shape[1], 3), 255, np.uint8)
-    text = f"{decision_line(score, image_threshold)} (threshold {image_threshold:g}, pixels {pixel_threshold:g})"
-    scale = min(0.6, panels.shape[1] / 800)
-    cv2.putText(caption, text, (8, 26), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([caption, panels], axis=0)
+
+def _text(text: str, height: int, width: int | None = None) -> np.ndarray:
+    """(height, width, 3) uint8, black on white: as large as the height lets it be and, if there is one, the width."""
+    margin = height // 4
+    length = cv2.getTextSize(text, FONT, 1, 1)[0][0]
+    scale = height / 40
+    if width is None:
+        width = round(scale * length) + 2 * margin
+    line = np.full((height, width, 3), 255, np.uint8)
+    scale = min(scale, (width - 2 * margin) / length)
+    cv2.putText(line, text, (margin, round(0.68 * height)), FONT, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return line
+
+
+def _colour_bar(pixel_threshold: float, level: str, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: the heat map's colours between the scores at their ends."""
+    if pixel_threshold >= 1:
+        return _text(f"no score is above {level}", height, width)
+    low, high = (_text(text, height) for text in (level, f"{1:.3f}"))
+    positions = np.linspace(pixel_threshold, 1, max(width - low.shape[1] - high.shape[1], height))
+    bar = np.full((height, len(positions), 3), 255, np.uint8)
+    bar[height // 4 : -(height // 4)] = heat_colours(positions[None], pixel_threshold)
+    return _fitted([low, bar, high], width)
+
+
+def _legend(outlines: Mapping[str, tuple[int, int, int]], height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: what the outlines of each colour are of."""
+    entries = []
+    for text, colour in outlines.items():
+        sample = np.full((height, height, 3), 255, np.uint8)
+        sample[3 * height // 8 : 5 * height // 8, height // 4 :] = colour
+        entries += [sample, _text(text, height)]
+    return _fitted(entries, width)
+
+
+def _fitted(pieces: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """The pieces (height, w, 3) uint8 from left to right, made smaller if they need more than the width, on white."""
+    line = np.full((pieces[0].shape[0], width, 3), 255, np.uint8)
+    row = np.concatenate(pieces, axis=1)
+    if row.shape[1] > width:
+        row = cv2.resize(row, (width, max(1, len(row) * width // row.shape[1])), interpolation=cv2.INTER_AREA)
+    line[: len(row), : row.shape[1]] = row
+    return line
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

@@ -12,15 +12,26 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploy.common.cli import UserError
+from deploy.common.cli import UserError, warn
 from deploy.service.uploads import Limits
 
 GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs 0.1 s of CPU time
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture."""
+
+    item: np.ndarray  # (3, H, W) float32, what the model takes
+    size: tuple[int, int]  # height and width in pixels, upright
+    orientation: int  # of the file's pixels, 1 to 8 as EXIF counts it
+    odd: str | None  # what is wrong with its white, see `odd_white`
 
 
 class Decoders:
@@ -36,6 +47,7 @@ class Decoders:
         self._seconds = limits.decode_seconds
         self._turns = asyncio.Semaphore(count)
         self._idle: list[Process] = []
+        self._warned: set[int | None] = set()  # white levels that pictures did not keep to
 
     async def start(self) -> None:
         """Have one process ready, so that the first picture need not wait for its start."""
@@ -47,8 +59,8 @@ class Decoders:
             decoder.stdin.close()
             await decoder.wait()
 
-    async def decode(self, content: bytes, description: Mapping[str, Any]) -> np.ndarray:
-        """A picture file -> (3, H, W) float32, what the model of this description takes.
+    async def decode(self, content: bytes, description: Mapping[str, Any]) -> Decoded:
+        """A picture file -> the picture, for the model of this description.
 
         Whoever cancels it has the process killed soon, be it in C code: nobody waits for a picture that nobody wants.
 
@@ -77,6 +89,9 @@ class Decoders:
                         decoder.kill()
         if isinstance(answer, str):
             raise UserError(answer)
+        if answer.odd and description["white_level"] not in self._warned:
+            self._warned.add(description["white_level"])
+            warn(f"a picture sent to {description['category']} {answer.odd}; later ones like it are not named")
         return answer
 
     async def _free(self) -> Process:
@@ -93,13 +108,13 @@ def command(limits: Limits) -> list[str]:
     return [sys.executable, str(script), *map(str, (limits.pixels, limits.decode_seconds, limits.decoder_bytes))]
 
 
-async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> np.ndarray | str:
-    """What the process makes of a picture file: (3, H, W) float32, or what is wrong with the file.
+async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> Decoded | str:
+    """What the process makes of a picture file: the picture, or what is wrong with the file.
 
     Raises:
         EOFError, OSError: it has ended.
     """
-    request = {key: description[key] for key in ("input_size", "mean", "std")} | {"bytes": len(content)}
+    request = {key: description[key] for key in ("input_size", "mean", "std", "white_level")} | {"bytes": len(content)}
     decoder.stdin.writelines([json.dumps(request).encode(), b"\n", content])
     await decoder.stdin.drain()
     line = await decoder.stdout.readline()
@@ -110,4 +125,5 @@ async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) 
         return answer["error"]
     height, width = description["input_size"]
     data = await decoder.stdout.readexactly(3 * height * width * 4)
-    return np.frombuffer(data, np.float32).reshape(3, height, width)
+    item = np.frombuffer(data, np.float32).reshape(3, height, width)
+    return Decoded(item, tuple(answer["size"]), answer["orientation"], answer["odd"])

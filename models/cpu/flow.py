@@ -213,7 +213,7 @@ class _Forward:
         # (s, clamp, out, target): out = exp(clamp s) target
         self.exp_times = multiply(flat, Layout.dense([1]), PostOps().eltwise(EXP).binary(MUL, flat))
         # an image of 2 rows, the halves, to one row
-        self.mix = Convolution((1, half, 2, b * h * w), (half, half, 2, 1), padding=(0, 0))
+        self.mix = Convolution((1, half, 2, b * h * w), (half, half, 2, 1), padding=((0, 0), (0, 0)))
 
     def packed_mixing(self, matrix: np.ndarray) -> list[Buffer]:
         """(C, C), from channel to channel -> the weights for each half of the result."""

@@ -1,7 +1,7 @@
 """The oneDNN library that Paddle's wheel carries, called directly through ctypes; nothing is compiled.
 
 Paddle's own CPU convolution reaches half of what oneDNN does on the same cores, and each pointwise operation is one
-more pass over memory. `flow` and `resnet` beside it build the flows and the backbone from the primitives here.
+more pass over memory. `flow` and `features` beside it build the flows and the backbone from the primitives here.
 
 * Layout: activations are channels-last, (B, H, W, C) in memory, dense. The library chooses the layout of weights, and
   a reorder packs Paddle's (O, I, kH, kW) into it. A reorder also leads from channels-first and back.
@@ -28,7 +28,7 @@ from paddle import Tensor
 # dnnl_types.h of oneDNN 3; the values are part of its ABI
 CPU, IN_ORDER, BF16, F32, ANY_LAYOUT = 1, 1, 2, 3, 1
 TRAINING, INFERENCE, CONVOLUTION_DIRECT, POOLING_MAX = 64, 96, 1, 0x1FF
-RELU, LINEAR, LOGISTIC, EXP, RELU_OF_DST, TANH_OF_DST = 0x20, 0x26, 0x29, 0x2A, 0x100, 0x101
+RELU, LINEAR, LOGISTIC, EXP, CLIP, RELU_OF_DST, TANH_OF_DST = 0x20, 0x26, 0x29, 0x2A, 0x2E, 0x100, 0x101
 ADD, MUL = 0x1FFF0, 0x1FFF1
 SRC, SRC_1, DST, WEIGHTS, BIAS = 1, 2, 17, 33, 41
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, POST_OP = 129, 145, 161, 169, 32768
@@ -282,15 +282,16 @@ def reorder(src: Layout, dst: Layout) -> Primitive:
 class Convolution(Primitive):
     """(src, weights, bias, dst): dst = post_ops(src * weights + bias), src and dst channels-last.
 
-    The weights are `packed` (O, I, kH, kW), in the layout that the library chose. The bias is float32.
+    The weights are `packed` (O, I, kH, kW), in the layout that the library chose; with groups of channels that do not
+    see each other they are (groups, O, I, kH, kW), O and I counted in a group. The bias is float32.
     """
 
     def __init__(
         self,
         src: Sequence[int],  # (B, I, H, W)
-        weights: Sequence[int],  # (O, I, kH, kW)
+        weights: Sequence[int],  # (O, I, kH, kW), before it the groups if there are any
         stride: int = 1,
-        padding: tuple[int, int] | None = None,  # default: H and W stay, at stride 1
+        padding: Sequence[tuple[int, int]] | None = None,  # before and after H and W; default: they stay, at stride 1
         post_ops: PostOps | None = None,
         kind: int = F32,  # of src and weights
         dst_kind: int = F32,
@@ -308,11 +309,8 @@ class Convolution(Primitive):
         src_, _, bias, dst = arguments
         self.weights = Layout.chosen(description, QUERY_WEIGHTS, kind)
         super().__init__(description, {SRC: src_, WEIGHTS: self.weights, BIAS: bias, DST: dst} | post_ops.arguments)
-        o, _, kh, kw = weights
+        self._shape = tuple(weights)
         self._pack = reorder(Layout.dense(weights), self.weights)
-        # the same weights where (I, O, kH, kW) lies in memory
-        transposed = Layout.strided(weights, (kh * kw, o * kh * kw, kw, 1))
-        self._pack_transposed = reorder(transposed, self.weights)
 
     def packed(self, weights: np.ndarray) -> Buffer:
         """Weights (O, I, kH, kW) as a call takes them."""
@@ -325,6 +323,12 @@ class Convolution(Primitive):
         gradient is this one without post-ops; here `sum` adds it to what is there.
         """
         return _reordered(self._pack_transposed, turned(weights), self.weights)
+
+    @functools.cached_property
+    def _pack_transposed(self) -> Primitive:
+        """From the same weights where (I, O, kH, kW) lies in memory; not for groups."""
+        o, _, kh, kw = self._shape
+        return reorder(Layout.strided(self._shape, (kh * kw, o * kh * kw, kw, 1)), self.weights)
 
 
 def turned(weights: np.ndarray) -> np.ndarray:
@@ -420,7 +424,7 @@ class MaxPool(Primitive):
 
     def __init__(self, src: Sequence[int], kernel: int, stride: int, padding: int) -> None:
         b, c, h, w = src
-        self.dst = (b, c, _output_size(h, kernel, stride, padding), _output_size(w, kernel, stride, padding))
+        self.dst = (b, c, *(_output_size(size, kernel, stride, 2 * padding) for size in (h, w)))
         src_, dst = Layout.channels_last(src), Layout.channels_last(self.dst)
         pairs = [_dims((n, n)) for n in (stride, kernel, 0, padding, padding)]
         description = Handle(
@@ -436,7 +440,7 @@ def _convolution(
     src: Sequence[int],
     weights: Sequence[int],
     stride: int,
-    padding: tuple[int, int] | None,
+    padding: Sequence[tuple[int, int]] | None,
     kinds: tuple[int, int, int],
 ) -> tuple[list[Layout], list[ctypes.Array], tuple[int, ...]]:
     """Layouts of src, weights, bias and dst; strides, dilations and paddings; the shape of dst.
@@ -444,9 +448,10 @@ def _convolution(
     `kinds` are those of src, weights and dst.
     """
     b, _, h, w = src
-    o, _, kh, kw = weights
-    py, px = padding or (kh // 2, kw // 2)
-    dst = (b, o, _output_size(h, kh, stride, py), _output_size(w, kw, stride, px))
+    *results, _, kh, kw = weights  # those of each group
+    o = math.prod(results)
+    (top, bottom), (left, right) = padding or [(k // 2, k // 2) for k in (kh, kw)]
+    dst = (b, o, _output_size(h, kh, stride, top + bottom), _output_size(w, kw, stride, left + right))
     of_src, of_weights, of_dst = kinds
     layouts = [
         Layout.channels_last(src, of_src),
@@ -454,11 +459,12 @@ def _convolution(
         Layout.dense([o]),
         Layout.channels_last(dst, of_dst),
     ]
-    return layouts, [_dims(pair) for pair in ((stride, stride), (0, 0), (py, px), (py, px))], dst
+    return layouts, [_dims(pair) for pair in ((stride, stride), (0, 0), (top, left), (bottom, right))], dst
 
 
 def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
+    """With so much padding before and after it."""
+    return (size + padding - kernel) // stride + 1
 
 
 def _reordered(primitive: Primitive, array: np.ndarray, layout: Layout) -> Buffer:
