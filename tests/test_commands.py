@@ -281,7 +281,7 @@ def test_ctrl_c_draws_the_curves_and_says_how_to_go_on(empty):
     folder = empty.folder / "results/exp/bottle"
     assert state == "the epochs so far are in results/exp/bottle; go on with"
     assert command.endswith(" --resume")
-    assert read_rgb(folder / "curves.png").shape == (400, 1000, 3)
+    assert read_rgb(folder / "curves.png").shape == (450, 1000, 3)
     assert len(empty.history("exp")) == 1
     assert len(interrupted(empty, "--resume", at_rename=6)[0].splitlines()) > 5
     assert len(empty.history("exp")) == 2
