@@ -15,7 +15,10 @@ def parse_args() -> argparse.Namespace:
     parser = common_parser("Score pictures and draw where their defects are.", of_checkpoint=True)
     add_category(parser, "category whose checkpoint is used")
     add_pictures(parser, "what eval.py stored beside the checkpoint, else the published 0.8")
-    parser.add_argument("--output_dir", help="write the drawings here (the checkpoint's folder, several: predictions/)")
+    parser.add_argument(
+        "--output_dir",
+        help="write the drawings here (the checkpoint's folder: one to result.jpg, several to predictions/)",
+    )
     return parser.parse_args()
 
 

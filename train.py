@@ -130,7 +130,7 @@ def main() -> None:
             follow_last(folder, config, training.history)
         epochs = range(len(training.history) + 1, config.epochs + 1)
         iterations = math.ceil(len(features) / config.batch_size)
-        done, total = (epochs * iterations for epochs in (len(training.history), config.epochs))
+        done, total = (count * iterations for count in (len(training.history), config.epochs))
         with logging_redirect_tqdm([logger]), time_bar(done, total, at_most=may_stop(config)) as bar:
             for epoch in epochs:
                 if waited_for(training.history) >= config.patience:
