@@ -434,7 +434,7 @@ def test_its_scores_are_those_of_infer(server, exported):
     command += ["--image_path", ROOT / "images/bottle_*.png"]
     *printed, _ = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()  # the sum
     with httpx2.Client(base_url=server.url) as client:
-        for path, line in zip(pictures, printed, strict=True):
+        for path, line in zip(pictures, printed[:-1], strict=True):  # the last counts the anomalies
             for name in ("bottle", "second"):
                 said = post(client, path.read_bytes(), path.name, f"/v1/models/{name}:predict").json()
                 assert line.endswith(f"{said['label']} - score:  {said['score']:.3f}")
