@@ -879,6 +879,32 @@ def test_the_rule_for_thresholds_is_the_checkpoints_too(workplace):
     assert "(f1)" in workplace.succeed(*options[:-2], "-o", "threshold_rule=f1").stdout
 
 
+def test_the_image_score_is_the_checkpoints_too(workplace, tmp_path):
+    """One number in the evaluation, the prediction and the export; what was calibrated on another is not used."""
+    config = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")["config"]
+    workplace.copy_checkpoint("top", config={**config, "image_score": "top", "top_share": 0.1})
+    done = workplace.succeed("eval.py", "--data", "lite_data", "--exp_dir", "top", "--threshold_rule", "f1")
+    assert done.stderr == ""
+    assert (workplace.result("top")["image_score"], workplace.result("top")["top_share"]) == ("top", 0.1)
+    calibrated = workplace.thresholds("top")["image_threshold"]
+    assert calibrated < workplace.thresholds("exp")["image_threshold"]
+
+    picture = ("--image_path", "images/bottle_bad.png")
+    own, by_maximum = (
+        workplace.succeed("predict.py", "--exp_dir", "top", *picture, *more) for more in ((), ("-o", "image_score=max"))
+    )
+    told, decision, _ = own.stdout.splitlines()
+    assert f"image {calibrated:.3f} (f1)" in told
+    assert by_maximum.stdout.splitlines()[0] == predict(workplace, *picture, "--image_threshold", "0.8").splitlines()[1]
+    assert by_maximum.stderr.count("\n") == 1
+    assert "of image_score top 0.1, not max, and are not used" in by_maximum.stderr
+
+    done = workplace.succeed("deploy/export_model.py", "--exp_dir", "top", "--save_inference_dir", tmp_path)
+    assert f"image {calibrated:.3f} (f1)" in done.stdout
+    done = workplace.succeed("deploy/infer.py", "--save_inference_dir", tmp_path, *picture)
+    assert done.stdout.splitlines()[1] == decision
+
+
 def test_a_published_checkpoint_which_holds_no_settings_has_the_published_ones(workplace):
     content = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")
     path = workplace.folder / "results/published/bottle/best.pdparams"

@@ -113,6 +113,24 @@ def test_a_size_is_one_number_or_height_and_width(text, kept, size):
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.as_dict())), "again") == config
 
 
+@pytest.mark.parametrize(
+    ("overrides", "pixels"),
+    [
+        ([], 1),
+        (["top_share=0.5"], 1),
+        (["image_score=top"], 1966),  # 0.03 of 65536
+        (["image_score=top", "top_share=0.01", "input_size=[64,96]"], 61),
+        (["image_score=top", "top_share=1e-9"], 1),
+        (["image_score=top", "top_share=1"], 65536),
+    ],
+)
+def test_how_many_pixels_make_the_image_score(overrides, pixels):
+    config = load_config(PATH, overrides)
+    assert config.score_pixels == pixels
+    top = config.image_score == "top"
+    assert config.scoring == {"image_score": config.image_score, "top_share": config.top_share if top else None}
+
+
 def test_channels_and_scales_may_be_left_out(tmp_path):
     config = load_config(written(tmp_path, yaml.safe_dump({key: MODEL[key] for key in NEEDED})))
     assert (config.channels, config.scales) == (None, None)
@@ -189,6 +207,9 @@ def test_a_dotted_override_leaves_its_neighbours(tmp_path):
         ("selection_weights={image: 0, pixel: 0}", "selection_weights"),
         ("pretrained=true", "pretrained"),
         ("mask_rule=most", "mask_rule"),
+        ("image_score=mean", "image_score"),
+        ("top_share=3", "top_share"),
+        ("top_share=0", "top_share"),
         ("scales=[0, 8, 16]", "scales[0]"),
         ("input_size=[64]", "input_size"),
         ("input_size=[]", "input_size"),
@@ -310,7 +331,8 @@ def test_what_each_key_decides():
     assert set(keys_that_decide("model")) == {*NEEDED, "scales"} - {"momentum"}
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
-    assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights", "white_level"}
+    others = {"mask_rule", "image_score", "top_share", "selection_weights", "white_level"}
+    assert set(keys_that_decide("training")) == steps | others
 
 
 def test_a_config_cannot_be_changed(config):

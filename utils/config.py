@@ -130,6 +130,20 @@ class Config:
         "published",
         decides="training",
     )
+    image_score: Literal["max", "top"] = key(
+        "what of its anomaly map is a picture's score: max: the largest value; top: the mean of the largest ones",
+        "图片的分数取异常图的什么：max：最大值；top：若干最大值的平均",
+        "max",
+        decides="training",
+    )
+    top_share: float = key(
+        "of top: how many values, as a share of the area of one input",
+        "top 取多少个值：占一个输入面积的比例",
+        0.03,
+        decides="training",
+        above=0,
+        most=1,
+    )
     threshold_rule: Literal["published", "f1", "quantile"] = key(
         "how decisions are made: published: above 0.8; f1: by the highest F1 on the test set; quantile: by held-out "
         "good pictures; eval.py calibrates the last two",
@@ -220,6 +234,22 @@ class Config:
         """Height and width of the pictures that the model takes, in pixels."""
         height, width = self.input_size if isinstance(self.input_size, list) else (self.input_size, self.input_size)
         return height, width
+
+    @property
+    def score_pixels(self) -> int:
+        """How many of the largest values of an anomaly map the image score is the mean of.
+
+        A share of the area of one input, whatever the map is made of: a small defect on a larger picture has as many.
+        """
+        return max(1, round(self.top_share * math.prod(self.size))) if self.image_score == "top" else 1
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What scores and thresholds of one model depend on, as `thresholds.yaml` and `inference.yml` say it."""
+        return {
+            "image_score": self.image_score,
+            "top_share": self.top_share if self.image_score == "top" else None,
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, as in the YAML file."""
