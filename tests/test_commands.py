@@ -258,7 +258,7 @@ def test_the_first_lines_say_when_it_stops(config, changes, line):
     model = SimpleNamespace(trainable_parameters=lambda: 1000)
     said = []
     training = SimpleNamespace(config=dataclasses.replace(config, **changes), backbone=UNSTATED, model=model)
-    train.introduce(training, said.append)
+    train.introduce(training, 40, said.append)
     assert said[-1] == line
 
 
@@ -1225,6 +1225,38 @@ def test_stable_training_resumes_to_the_same_losses(workplace):
     whole, resumed = workplace.history("stable_whole"), workplace.history("stable_stopped")
     for key in ("epoch", "loss", "val_loss", "image_auroc", "pixel_auroc"):
         assert [row[key] for row in resumed] == [row[key] for row in whole], key
+
+
+def test_a_budget_in_steps_ends_within_an_epoch_and_resumes_to_the_same_losses(workplace):
+    options = ("-cfg", "configs/auto.yaml", "-o", "lr_schedule=constant", "-o", "eval_interval=1")
+    whole = workplace.train("steps_whole", *options, "-o", "steps=7").stdout
+    assert "7 steps: the training pictures are gone through in 3 epochs" in whole
+    assert "trains all 3 epochs" in whole
+    assert [line for line in whole.splitlines() if "iter:1/" in line][-1].split(" - ")[:2] == [
+        "bottle  Epoch 3",
+        "iter:1/1",
+    ]
+    assert whole.count("EVAL:") == 3
+    workplace.train("steps_stopped", *options, "-o", "steps=3")
+    resumed = workplace.train("steps_stopped", *options, "-o", "steps=7", "--resume").stdout
+    assert "Epoch 2 - iter:1/3" in resumed
+    rows, others = workplace.history("steps_whole"), workplace.history("steps_stopped")
+    assert [row["steps"] for row in rows] == ["3", "6", "7"]
+    for key in ("epoch", "steps", "loss", "val_loss", "image_auroc", "pixel_auroc"):
+        assert [row[key] for row in rows] == [row[key] for row in others], key
+    again = workplace.train("steps_stopped", *options, "-o", "steps=7", "--resume").stdout
+    assert "Epoch" not in again
+    assert workplace.history("steps_stopped") == others
+
+
+def test_steps_that_nobody_counted_are_not_gone_on_from(workplace):
+    path = workplace.copy_checkpoint("uncounted")
+    checkpoint = load_checkpoint(path)
+    rows = [{key: value for key, value in row.items() if key != "steps"} for row in checkpoint["history"]]
+    save_checkpoint(path.with_name("last.pdparams"), {**checkpoint, "history": rows})
+    common = ("--data", "./lite_data", "-cat", "bottle", *TINY, "--exp_dir", "uncounted", "--resume")
+    line = workplace.fail("train.py", *common, "-o", "steps=100")
+    assert line.endswith("its steps were not counted; --resume goes on only with -o steps=null")
 
 
 def test_val_likelihood_keeps_the_epoch_with_the_lowest_held_out_loss(workplace):

@@ -140,13 +140,34 @@ def test_channels_and_scales_may_be_left_out(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_one_and_says_of_the_model_all_there_is_to_say(path):
     config = load_config(path)
-    assert config.backbone_name in path.stem
+    assert config.backbone_name in path.stem or path.stem == "auto"
     assert set(NEEDED) <= yaml.safe_load(path.read_text(encoding="utf-8")).keys()
 
 
 def test_later_overrides_win_and_options_win_over_them():
     config = load_config(PATH, ["epochs=3", "epochs=4", "batch_size=5"], batch_size=6, eval_interval=None)
     assert (config.epochs, config.batch_size, config.eval_interval) == (4, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "steps", "epochs"),
+    [
+        ([], {"epochs": None}, 400, 500),
+        (["steps=7"], {}, 7, 500),
+        ([], {"epochs": 3}, None, 3),
+        (["epochs=3"], {}, None, 3),
+        (["epochs=3", "steps=null"], {}, None, 3),
+    ],
+)
+def test_whoever_gives_epochs_wants_these_and_no_budget_in_steps(overrides, options, steps, epochs):
+    config = load_config("configs/auto.yaml", overrides, **options)
+    assert (config.steps, config.epochs) == (steps, epochs)
+
+
+def test_epochs_and_steps_cannot_both_be_given():
+    for overrides, options in ((["epochs=3", "steps=7"], {}), (["steps=7"], {"epochs": 3})):
+        with pytest.raises(UserError, match="epochs and steps: give one of the two"):
+            load_config("configs/auto.yaml", overrides, **options)
 
 
 def test_a_dotted_override_leaves_its_neighbours(tmp_path):
