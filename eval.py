@@ -94,7 +94,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     if args.false_alarm_rate and rule != "quantile":
         raise UserError(f"--false_alarm_rate: goes with --threshold_rule quantile, and the rule of {name} is {rule}")
     held_out = held_out_pictures(category, checkpoint, path) if rule == "quantile" else []
-    kept = load_thresholds(path) if rule == PUBLISHED_RULE and not args.threshold_rule else None
+    kept = load_thresholds(path, config) if rule == PUBLISHED_RULE and not args.threshold_rule else None
     truth = load_ground_truth(category.test, config.size, config.mask_rule)
     if first:
         print(f"Model A.D. Param#: {model.trainable_parameters()}")
@@ -134,7 +134,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         if rule != PUBLISHED_RULE:
             print(f"{name}: thresholds are stored for best.pdparams only; with --is_last they stay as they are")
     elif calibration:
-        file = write_thresholds(path, epoch_of(checkpoint), calibration, decisions)
+        file = write_thresholds(path, epoch_of(checkpoint), config, calibration, decisions)
         print(f"{name}: thresholds {thresholds.describe()}, written to {file}")
     elif kept:
         print(
@@ -153,6 +153,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         "epoch": epoch_of(checkpoint),
         "epoch_in_file": int(checkpoint["epoch"]),
         "backbone": checkpoint.get("backbone") or UNSTATED,
+        **config.scoring,
         "images": len(category.test),
         "anomalous_images": int(truth.labels.sum()),
         "images_with_mask": sum(bool(image.masks) for image in category.test),

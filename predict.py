@@ -6,6 +6,7 @@ from pathlib import Path
 from deploy.common.cli import UserError, add_pictures, run_main
 from deploy.common.decisions import PUBLISHED_THRESHOLDS, Results, Thresholds
 from deploy.common.imaging import PictureReader, drawing_paths, list_images, preprocess
+from utils.config import Config
 from utils.options import add_category, common_parser, own_overrides, prepare
 from utils.results import category_folder
 from utils.thresholds import FILE_NAME, load_thresholds
@@ -33,7 +34,7 @@ def main() -> int:
 
     folder = category_folder(args.exp_dir, args.category)
     model, checkpoint = load_model(config, folder / "best.pdparams", own_overrides(args))
-    thresholds = choose_thresholds(args, folder / "best.pdparams")
+    thresholds = choose_thresholds(args, folder / "best.pdparams", model.config)
     read = PictureReader(white_level_of(checkpoint, model.config))
     single = images == [Path(args.image_path[0])]  # a file, not a folder with one
     output = Path(args.output_dir) if args.output_dir else folder if single else folder / "predictions"
@@ -54,13 +55,13 @@ def main() -> int:
     return 2 if results.errors else 0
 
 
-def choose_thresholds(args: argparse.Namespace, checkpoint: Path) -> Thresholds:
+def choose_thresholds(args: argparse.Namespace, checkpoint: Path, config: Config) -> Thresholds:
     """Image and pixel threshold: each from its option, else as stored (and it is said), else the published one.
 
     Raises:
         UserError: the stored thresholds are needed and damaged.
     """
-    stored = load_thresholds(checkpoint) if None in (args.image_threshold, args.pixel_threshold) else None
+    stored = load_thresholds(checkpoint, config) if None in (args.image_threshold, args.pixel_threshold) else None
     thresholds = (stored or PUBLISHED_THRESHOLDS).or_given(args)
     if stored:
         print(f"thresholds: {thresholds.describe()}; {checkpoint.parent / FILE_NAME}")

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import shlex
 import shutil
 import sys
@@ -35,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add_data(parser)
     add_cache(parser)
     add_cuda(parser)
-    parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's")
+    parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's, and of its steps")
     parser.add_argument("--batch_size", type=positive_int, help="instead of the config's")
     parser.add_argument(
         "--test_epochs", type=interval, help="evaluate every N epochs, -1: never; instead of the config's eval_interval"
@@ -121,27 +120,27 @@ def main() -> None:
         for line in found:
             say(line)
         say(f"{len(train_pictures)} training, {len(held_out)} held-out and {len(category.test)} test pictures")
-        introduce(training, say)
+        last_epoch = training.last_epoch(len(features))
+        introduce(training, last_epoch, say)
         if aside:
             say(f"the training that was here is kept in {aside}")
         if args.resume and not resumed:
             say(f"no {last} to go on from: starting at epoch 1")
         if resumed and distributed.is_first():
             follow_last(folder, config, training.history)
-        epochs = range(len(training.history) + 1, config.epochs + 1)
-        iterations = math.ceil(len(features) / config.batch_size)
-        done, total = (count * iterations for count in (len(training.history), config.epochs))
+        epochs = range(len(training.history) + 1, last_epoch + 1)
+        done, total = training.steps(len(features))
         with logging_redirect_tqdm([logger]), time_bar(done, total, at_most=may_stop(config)) as bar:
             for epoch in epochs:
                 if waited_for(training.history) >= config.patience:
                     say(f"no new best for {config.patience} epochs: stop")
                     break
-                bar.set_description_str(f"{category.name}  epoch {epoch}/{config.epochs}")
+                bar.set_description_str(f"{category.name}  epoch {epoch}/{last_epoch}")
                 distributed.meet()  # the first process comes later: it also fills more caches, writes the checkpoints
                 started = time.perf_counter()
                 loss = training.epoch(features, say, bar.update)
                 measured = (None, None, None)
-                if is_evaluated(epoch, config):
+                if is_evaluated(epoch, last_epoch, config):
                     measured = distributed.from_first(evaluate)
                     if category.test:
                         logger.info(evaluation_line(*measured[:2]))
@@ -190,8 +189,8 @@ def check_rules(config: Config, name: str, truth: "GroundTruth") -> None:
         )
 
 
-def introduce(training: "Training", say: Callable[[str], None]) -> None:
-    """Say what is trained and how."""
+def introduce(training: "Training", last_epoch: int, say: Callable[[str], None]) -> None:
+    """Say what is trained and how, up to which epoch."""
     from utils import distributed
 
     config = training.config
@@ -203,12 +202,14 @@ def introduce(training: "Training", say: Callable[[str], None]) -> None:
     if config.amp:
         say(f"mixed precision: the flows' convolutions compute in {training.precision}")
     say(f"trainable parameters: {training.model.trainable_parameters():,}")
+    if config.steps is not None:
+        say(f"{config.steps} steps: the training pictures are gone through in {last_epoch} epochs")
     if config.eval_interval == -1:
         say("never evaluated (-1): best.pdparams is the last epoch, and all epochs are trained")
     else:
         rule = f"stops {config.patience} epochs after the best"
         if not may_stop(config):
-            rule = f"trains all {config.epochs} epochs"
+            rule = f"trains all {last_epoch} epochs"
         say(f"{rule}; press Ctrl-C and go on with --resume")
 
 

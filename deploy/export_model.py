@@ -82,7 +82,7 @@ def main() -> None:
     checkpoint_path = category_folder(args.exp_dir, args.category) / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path, own_overrides(args))
     config = model.config
-    thresholds = load_thresholds(checkpoint_path) or PUBLISHED_THRESHOLDS
+    thresholds = load_thresholds(checkpoint_path, config) or PUBLISHED_THRESHOLDS
     target = make_folder(Path(args.save_inference_dir))
     description = {
         "category": args.category,
@@ -92,6 +92,7 @@ def main() -> None:
         "std": list(STD),
         "white_level": white_level_of(checkpoint, config),  # of 16-bit pictures; null: none were learnt from
         "smoothing_sigma": SMOOTHING_SIGMA,
+        **config.scoring,
         "image_threshold": thresholds.image,
         "pixel_threshold": thresholds.pixel,
         "threshold_rule": thresholds.rule,

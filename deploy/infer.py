@@ -141,6 +141,10 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
         description["white_level"] = white_level and int(white_level)
         if description["white_level"] is not None and not 1 <= description["white_level"] <= 65535:
             raise ValueError("white_level must be from 1 to 65535")
+        description["image_score"] = kind = str(description.get("image_score", "max"))  # that of exports before it
+        description["top_share"] = share = float(description["top_share"]) if kind == "top" else None
+        if kind not in ("max", "top") or (share is not None and not 0 < share <= 1):
+            raise ValueError("image_score must be max, or top with a top_share up to 1")
         for key in ("mean", "std"):
             description[key] = [float(description[key][channel]) for channel in range(3)]
         numbers = [description["image_threshold"], description["pixel_threshold"], *description["mean"]]

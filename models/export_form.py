@@ -21,7 +21,7 @@ from paddle.nn import functional as F
 
 from models.backbone import EfficientNetLite0Features, ResNetFeatures
 from models.cpu.features import without_batch_norms
-from models.fastflow import FastFlow, Flow, FlowStep
+from models.fastflow import FastFlow, Flow, FlowStep, image_score
 
 
 class InferenceForm(nn.Layer):
@@ -36,6 +36,7 @@ class InferenceForm(nn.Layer):
         self.resize = model.resize
         self.resize_and_smooth = nn.LayerList([model.smooth.after(resize) for resize in model.resize])
         self.flows = nn.LayerList([_Flow(flow) for flow in model.nf_flows])
+        self.score_pixels = model.config.score_pixels
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +48,8 @@ class InferenceForm(nn.Layer):
             maps.append(self.resize[i](score))
             smoothed.append(self.resize_and_smooth[i](score))
         anomaly_map = sum(maps) / len(maps)
-        return anomaly_map, paddle.clip(sum(smoothed) / len(smoothed), 0, 1), anomaly_map.max(axis=[1, 2, 3])
+        smoothed_map = paddle.clip(sum(smoothed) / len(smoothed), 0, 1)
+        return anomaly_map, smoothed_map, image_score(anomaly_map, self.score_pixels)
 
 
 class _Flow(nn.Layer):

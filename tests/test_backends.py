@@ -19,6 +19,7 @@ from deploy import backends
 from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, prepare_runtime
 from deploy.common.cli import UserError
 from deploy.common.imaging import label, list_images, preprocess, read_rgb
+from deploy.infer import read_description
 from models.export_form import InferenceForm
 from models.fastflow import FastFlow, per_location_score
 from models.offline_start import calibrated_start
@@ -185,6 +186,50 @@ def test_a_backend_agrees_with_efficientnet_too(efficientnet, backend):
         assert ((results[2] > 0.1) & (results[2] < 0.999)).all()
         for actual, result in zip(loaded.run(images), results, strict=True):
             np.testing.assert_allclose(actual, result, rtol=0, atol=1e-4)
+
+
+# ---- a score from more than one pixel
+
+TOP = ["image_score=top", "top_share=0.05"]
+
+
+@pytest.fixture(scope="module")
+def topped(model, tmp_path_factory):
+    """A model of other image scores, and the folder with its exports."""
+    other = seeded_model([*TINY, *TOP], batch(8))
+    options = [word for override in TOP for word in ("-o", override)]
+    folder = checkpoint_and_export(other, tmp_path_factory.mktemp("topped"), *options)
+    export_old(folder, "old", "--format", "pdmodel", *options)
+    assert (expected(model, batch(3))[2] > expected(other, batch(3))[2] + 0.01).all()  # else agreement would say little
+    return other, folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_agrees_on_the_mean_of_the_largest_values(topped, backend):
+    model, folder = topped
+    check(model, load_exported(folder / "model", backend, Options(threads=1, usual_batches=(1, 3))))
+    described = read_description(folder / "model", backend)
+    assert (described["image_score"], described["top_share"]) == ("top", 0.05)
+
+
+@pytest.mark.slow
+@needs_converter("openvino")
+def test_openvino_with_winograd_agrees_on_it(topped):
+    options = Options(threads=1, usual_batches=(3,), winograd=True)
+    check(topped[0], load_exported(topped[1] / "model", "openvino", options))
+
+
+@pytest.mark.skipif("avx512_bf16" not in backends.runtime.cpu_flags(), reason="this CPU has no bf16")
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "onnxruntime" not in name.values])
+def test_bf16_is_near_to_it(topped, backend):
+    loaded = load_exported(topped[1] / "model", backend, Options(threads=1, precision="bf16"))
+    images = batch(3)
+    np.testing.assert_allclose(loaded.run(images)[2], expected(topped[0], images)[2], atol=0.02)
+
+
+@pytest.mark.parametrize("use_mkldnn", [True, False])
+def test_an_export_for_older_runtimes_agrees_on_it(topped, use_mkldnn):
+    check(topped[0], load_exported(topped[1] / "old", "paddle", Options(threads=1, use_mkldnn=use_mkldnn)))
 
 
 def check(model, loaded):

@@ -258,7 +258,7 @@ def test_the_first_lines_say_when_it_stops(config, changes, line):
     model = SimpleNamespace(trainable_parameters=lambda: 1000)
     said = []
     training = SimpleNamespace(config=dataclasses.replace(config, **changes), backbone=UNSTATED, model=model)
-    train.introduce(training, said.append)
+    train.introduce(training, 40, said.append)
     assert said[-1] == line
 
 
@@ -879,6 +879,32 @@ def test_the_rule_for_thresholds_is_the_checkpoints_too(workplace):
     assert "(f1)" in workplace.succeed(*options[:-2], "-o", "threshold_rule=f1").stdout
 
 
+def test_the_image_score_is_the_checkpoints_too(workplace, tmp_path):
+    """One number in the evaluation, the prediction and the export; what was calibrated on another is not used."""
+    config = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")["config"]
+    workplace.copy_checkpoint("top", config={**config, "image_score": "top", "top_share": 0.1})
+    done = workplace.succeed("eval.py", "--data", "lite_data", "--exp_dir", "top", "--threshold_rule", "f1")
+    assert done.stderr == ""
+    assert (workplace.result("top")["image_score"], workplace.result("top")["top_share"]) == ("top", 0.1)
+    calibrated = workplace.thresholds("top")["image_threshold"]
+    assert calibrated < workplace.thresholds("exp")["image_threshold"]
+
+    picture = ("--image_path", "images/bottle_bad.png")
+    own, by_maximum = (
+        workplace.succeed("predict.py", "--exp_dir", "top", *picture, *more) for more in ((), ("-o", "image_score=max"))
+    )
+    told, decision, _ = own.stdout.splitlines()
+    assert f"image {calibrated:.3f} (f1)" in told
+    assert by_maximum.stdout.splitlines()[0] == predict(workplace, *picture, "--image_threshold", "0.8").splitlines()[1]
+    assert by_maximum.stderr.count("\n") == 1
+    assert "of image_score top 0.1, not max, and are not used" in by_maximum.stderr
+
+    done = workplace.succeed("deploy/export_model.py", "--exp_dir", "top", "--save_inference_dir", tmp_path)
+    assert f"image {calibrated:.3f} (f1)" in done.stdout
+    done = workplace.succeed("deploy/infer.py", "--save_inference_dir", tmp_path, *picture)
+    assert done.stdout.splitlines()[1] == decision
+
+
 def test_a_published_checkpoint_which_holds_no_settings_has_the_published_ones(workplace):
     content = load_checkpoint(workplace.folder / "results/exp/bottle/best.pdparams")
     path = workplace.folder / "results/published/bottle/best.pdparams"
@@ -1199,6 +1225,38 @@ def test_stable_training_resumes_to_the_same_losses(workplace):
     whole, resumed = workplace.history("stable_whole"), workplace.history("stable_stopped")
     for key in ("epoch", "loss", "val_loss", "image_auroc", "pixel_auroc"):
         assert [row[key] for row in resumed] == [row[key] for row in whole], key
+
+
+def test_a_budget_in_steps_ends_within_an_epoch_and_resumes_to_the_same_losses(workplace):
+    options = ("-cfg", "configs/auto.yaml", "-o", "lr_schedule=constant", "-o", "eval_interval=1")
+    whole = workplace.train("steps_whole", *options, "-o", "steps=7").stdout
+    assert "7 steps: the training pictures are gone through in 3 epochs" in whole
+    assert "trains all 3 epochs" in whole
+    assert [line for line in whole.splitlines() if "iter:1/" in line][-1].split(" - ")[:2] == [
+        "bottle  Epoch 3",
+        "iter:1/1",
+    ]
+    assert whole.count("EVAL:") == 3
+    workplace.train("steps_stopped", *options, "-o", "steps=3")
+    resumed = workplace.train("steps_stopped", *options, "-o", "steps=7", "--resume").stdout
+    assert "Epoch 2 - iter:1/3" in resumed
+    rows, others = workplace.history("steps_whole"), workplace.history("steps_stopped")
+    assert [row["steps"] for row in rows] == ["3", "6", "7"]
+    for key in ("epoch", "steps", "loss", "val_loss", "image_auroc", "pixel_auroc"):
+        assert [row[key] for row in rows] == [row[key] for row in others], key
+    again = workplace.train("steps_stopped", *options, "-o", "steps=7", "--resume").stdout
+    assert "Epoch" not in again
+    assert workplace.history("steps_stopped") == others
+
+
+def test_steps_that_nobody_counted_are_not_gone_on_from(workplace):
+    path = workplace.copy_checkpoint("uncounted")
+    checkpoint = load_checkpoint(path)
+    rows = [{key: value for key, value in row.items() if key != "steps"} for row in checkpoint["history"]]
+    save_checkpoint(path.with_name("last.pdparams"), {**checkpoint, "history": rows})
+    common = ("--data", "./lite_data", "-cat", "bottle", *TINY, "--exp_dir", "uncounted", "--resume")
+    line = workplace.fail("train.py", *common, "-o", "steps=100")
+    assert line.endswith("its steps were not counted; --resume goes on only with -o steps=null")
 
 
 def test_val_likelihood_keeps_the_epoch_with_the_lowest_held_out_loss(workplace):

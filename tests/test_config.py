@@ -113,6 +113,24 @@ def test_a_size_is_one_number_or_height_and_width(text, kept, size):
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.as_dict())), "again") == config
 
 
+@pytest.mark.parametrize(
+    ("overrides", "pixels"),
+    [
+        ([], 1),
+        (["top_share=0.5"], 1),
+        (["image_score=top"], 1966),  # 0.03 of 65536
+        (["image_score=top", "top_share=0.01", "input_size=[64,96]"], 61),
+        (["image_score=top", "top_share=1e-9"], 1),
+        (["image_score=top", "top_share=1"], 65536),
+    ],
+)
+def test_how_many_pixels_make_the_image_score(overrides, pixels):
+    config = load_config(PATH, overrides)
+    assert config.score_pixels == pixels
+    top = config.image_score == "top"
+    assert config.scoring == {"image_score": config.image_score, "top_share": config.top_share if top else None}
+
+
 def test_channels_and_scales_may_be_left_out(tmp_path):
     config = load_config(written(tmp_path, yaml.safe_dump({key: MODEL[key] for key in NEEDED})))
     assert (config.channels, config.scales) == (None, None)
@@ -122,13 +140,34 @@ def test_channels_and_scales_may_be_left_out(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_one_and_says_of_the_model_all_there_is_to_say(path):
     config = load_config(path)
-    assert config.backbone_name in path.stem
+    assert config.backbone_name in path.stem or path.stem == "auto"
     assert set(NEEDED) <= yaml.safe_load(path.read_text(encoding="utf-8")).keys()
 
 
 def test_later_overrides_win_and_options_win_over_them():
     config = load_config(PATH, ["epochs=3", "epochs=4", "batch_size=5"], batch_size=6, eval_interval=None)
     assert (config.epochs, config.batch_size, config.eval_interval) == (4, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "steps", "epochs"),
+    [
+        ([], {"epochs": None}, 400, 500),
+        (["steps=7"], {}, 7, 500),
+        ([], {"epochs": 3}, None, 3),
+        (["epochs=3"], {}, None, 3),
+        (["epochs=3", "steps=null"], {}, None, 3),
+    ],
+)
+def test_whoever_gives_epochs_wants_these_and_no_budget_in_steps(overrides, options, steps, epochs):
+    config = load_config("configs/auto.yaml", overrides, **options)
+    assert (config.steps, config.epochs) == (steps, epochs)
+
+
+def test_epochs_and_steps_cannot_both_be_given():
+    for overrides, options in ((["epochs=3", "steps=7"], {}), (["steps=7"], {"epochs": 3})):
+        with pytest.raises(UserError, match="epochs and steps: give one of the two"):
+            load_config("configs/auto.yaml", overrides, **options)
 
 
 def test_a_dotted_override_leaves_its_neighbours(tmp_path):
@@ -189,6 +228,9 @@ def test_a_dotted_override_leaves_its_neighbours(tmp_path):
         ("selection_weights={image: 0, pixel: 0}", "selection_weights"),
         ("pretrained=true", "pretrained"),
         ("mask_rule=most", "mask_rule"),
+        ("image_score=mean", "image_score"),
+        ("top_share=3", "top_share"),
+        ("top_share=0", "top_share"),
         ("scales=[0, 8, 16]", "scales[0]"),
         ("input_size=[64]", "input_size"),
         ("input_size=[]", "input_size"),
@@ -310,7 +352,8 @@ def test_what_each_key_decides():
     assert set(keys_that_decide("model")) == {*NEEDED, "scales"} - {"momentum"}
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
-    assert set(keys_that_decide("training")) == steps | {"mask_rule", "selection_weights", "white_level"}
+    others = {"mask_rule", "image_score", "top_share", "selection_weights", "white_level"}
+    assert set(keys_that_decide("training")) == steps | others
 
 
 def test_a_config_cannot_be_changed(config):

@@ -11,7 +11,7 @@ from scipy import ndimage
 from deploy.common.cli import UserError
 from models.backbone import ResNetFeatures, feature_shapes
 from models.export_form import InferenceForm
-from models.fastflow import FastFlow, Flow, FlowStep, negative_log_likelihood, per_location_score
+from models.fastflow import FastFlow, Flow, FlowStep, image_score, negative_log_likelihood, per_location_score
 from utils.config import load_config
 from utils.training import build_optimizer, training_step
 
@@ -235,6 +235,34 @@ def test_scores_are_the_mean_of_the_resized_maps(height, width):
     assert smoothed.numpy().std() < anomaly_map.numpy().std()
     for raw, smooth in zip(anomaly_map.numpy()[:, 0], smoothed.numpy()[:, 0], strict=True):
         np.testing.assert_allclose(smooth, ndimage.gaussian_filter(raw.astype(np.float64), 6), atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 61, 6144])
+def test_the_image_score_is_the_mean_of_the_largest_values_of_each_map(pixels):
+    maps = np.random.default_rng(0).random((3, 1, 64, 96), np.float32)
+    expected = np.sort(maps.reshape(3, -1).astype(np.float64))[:, -pixels:].mean(axis=1)
+    scores = image_score(paddle.to_tensor(maps), pixels)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-6)
+    assert scores.shape == [3]
+
+
+def test_a_larger_map_around_it_dilutes_no_defect_and_no_score_is_above_1():
+    small = np.zeros((1, 1, 64, 96), np.float32)
+    small[..., 20:30, 40:50] = 0.75
+    large = np.pad(small, ((0, 0), (0, 0), (100, 200), (300, 0)))
+    scores = [image_score(paddle.to_tensor(array), 150).item() for array in (small, large)]
+    assert scores == [0.5, 0.5]  # 100 of 150
+    for pixels in range(2, 200, 7):
+        assert image_score(paddle.ones([1, 1, 64, 96]), pixels).item() == 1
+
+
+@paddle.no_grad()
+def test_a_model_scores_pictures_as_its_config_says():
+    images = noise(2, 3, 64, 96)
+    model = FastFlow(load_config(PATH, ["input_size=[64,96]", "image_score=top", "top_share=0.01"]))
+    model.eval()
+    anomaly_map, _, scores = model(images)
+    np.testing.assert_array_equal(scores.numpy(), image_score(anomaly_map, 61).numpy())
 
 
 @paddle.no_grad()

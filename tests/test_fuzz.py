@@ -272,6 +272,8 @@ def test_descriptions_and_thresholds_of_any_content(tmp_path, data):
         "std": [0.5, 0.5, 0.5],
         "image_threshold": 0.5,
         "pixel_threshold": 0.5,
+        "image_score": "top",
+        "top_share": 0.5,
         "rule": "f1",
         "pixel_rule": "f1",
         "sha256": {name: checksum for name in files},
@@ -284,7 +286,7 @@ def test_descriptions_and_thresholds_of_any_content(tmp_path, data):
         height, width = read["input_size"]
         model_input = preprocess(np.zeros((2, 2, 3), np.uint8), height, width, read["mean"], read["std"])
         assert np.isfinite(model_input).all()
-    attempt(load_thresholds, tmp_path / "best.pdparams")
+    attempt(load_thresholds, tmp_path / "best.pdparams", load_config("configs/resnet18.yaml"))
 
 
 # ---- pictures

@@ -1,6 +1,7 @@
 """Which epoch is best, what history.csv holds and what curves.png shows."""
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.history import (
     draw_curves,
     epoch_line,
     finished,
+    is_evaluated,
     selection_value,
     shown_range,
     waited_for,
@@ -106,6 +108,23 @@ def test_finished_after_all_epochs_or_without_patience():
     assert not finished(history, config(epochs=4, patience=3))
     assert finished(history, config(epochs=3, patience=3))
     assert finished(history, config(epochs=4, patience=2))
+
+
+def test_finished_when_the_steps_are_done_however_many_epochs_they_took():
+    counted = [dataclasses.replace(row, steps=steps) for row, steps in zip(rows(None, None), (3, 5), strict=True)]
+    assert not finished([], config(steps=5))
+    assert not finished(counted[:1], config(steps=5))
+    assert not finished(counted, config(steps=6))
+    assert finished(counted, config(steps=5))
+    assert not finished(rows(None, None), config(steps=1))  # of a version that counted none
+
+
+@pytest.mark.parametrize(
+    ("interval", "evaluated"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (1000, [5]), (-1, [])]
+)
+def test_every_so_many_epochs_are_evaluated_and_the_last_one(interval, evaluated):
+    chosen = config(eval_interval=interval)
+    assert [epoch for epoch in range(1, 6) if is_evaluated(epoch, 5, chosen)] == evaluated
 
 
 def test_the_log_line_says_what_was_measured():

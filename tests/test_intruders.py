@@ -243,7 +243,7 @@ YAML_BOMBS = {
 
 
 @pytest.mark.parametrize("name", YAML_BOMBS)
-def test_yaml_stays_small(tmp_path, name):
+def test_yaml_stays_small(tmp_path, config, name):
     text, words = YAML_BOMBS[name]
     with pytest.raises(ValueError, match=words):
         parse_yaml(text)
@@ -254,7 +254,7 @@ def test_yaml_stays_small(tmp_path, name):
         load_config("configs/resnet18.yaml", [f"lr={text}"])
     (tmp_path / "thresholds.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"thresholds\.yaml.*{words}"):
-        load_thresholds(tmp_path / "best.pdparams")
+        load_thresholds(tmp_path / "best.pdparams", config)
     for file in ("inference.json", "inference.pdiparams"):
         (tmp_path / file).touch()
     (tmp_path / "inference.yml").write_text(text)
@@ -273,6 +273,11 @@ def test_yaml_stays_small(tmp_path, name):
         {"input_size": [32, 10**9]},
         {"input_size": [32, float("inf")]},
         {"input_size": [32]},
+        {"image_score": "mean"},
+        {"image_score": ["top"]},
+        {"image_score": "top", "top_share": 0},
+        {"image_score": "top", "top_share": float("nan")},
+        {"image_score": "top", "top_share": None},
     ],
 )
 def test_numbers_of_a_model_that_cannot_be_used_are_refused(tmp_path, change):
@@ -283,7 +288,9 @@ def test_numbers_of_a_model_that_cannot_be_used_are_refused(tmp_path, change):
         (tmp_path / name).touch()
         description["sha256"][name] = checksum
     (tmp_path / "inference.yml").write_text(yaml.safe_dump(description))
-    assert read_description(tmp_path)["std"] == [0.5, 0.5, 0.5]
+    read = read_description(tmp_path)
+    assert read["std"] == [0.5, 0.5, 0.5]
+    assert (read["image_score"], read["top_share"]) == ("max", None)  # of exports that do not say
     (tmp_path / "inference.yml").write_text(yaml.safe_dump(description | change))
     with pytest.raises(UserError, match=r"inference\.yml: damaged"):
         read_description(tmp_path)
@@ -303,14 +310,14 @@ def test_60000x60000_is_refused_by_its_header(tmp_path):
         read_rgb(tmp_path / "a.png")
 
 
-def test_nothing_waits_for_a_pipe(tmp_path):
+def test_nothing_waits_for_a_pipe(tmp_path, config):
     for name in ("a.png", "best.pdparams", "w.npz", "thresholds.yaml"):
         os.mkfifo(tmp_path / name)
     for read in (
         lambda: read_rgb(tmp_path / "a.png"),
         lambda: load_checkpoint(tmp_path / "best.pdparams"),
         lambda: read_weights(tmp_path / "w.npz"),
-        lambda: load_thresholds(tmp_path / "best.pdparams"),
+        lambda: load_thresholds(tmp_path / "best.pdparams", config),
     ):
         with pytest.raises(UserError, match="no regular file"):
             read()

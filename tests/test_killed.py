@@ -24,6 +24,7 @@ from deploy.infer import read_description
 from tests.forked import outputs, start
 from tests.test_files import recorded
 from utils.checkpoint import load_checkpoint
+from utils.config import load_config
 from utils.history import EpochRow, best_row
 from utils.log import make_logger
 from utils.thresholds import load_thresholds
@@ -211,7 +212,7 @@ def test_an_evaluation_that_is_killed_before_each_of_its_files_comes_to_the_same
     assert len(made) == 9
 
     def check(named):
-        load_thresholds(folder / FOLDER / "best.pdparams")
+        load_thresholds(folder / FOLDER / "best.pdparams", load_config("configs/resnet18.yaml"))
         there = [path for path in made if (folder / path).exists()]
         assert len(there) == named
         assert all((folder / path).read_bytes() == files[path] for path in there)

@@ -43,6 +43,8 @@ def served(run=brightness_model, places=64, **description):
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "white_level": None,
+        "image_score": "max",
+        "top_share": None,
         "image_threshold": 0.5,
         "pixel_threshold": 0.6,
         **description,
@@ -149,7 +151,7 @@ def test_several_models_by_name():
         listed = client.get("/v1/models").json()["models"]
         assert [(model["name"], model["category"]) for model in listed] == [("bottle", "bottle"), ("瓶-2", "own")]
         assert listed[0]["input_size"] == [16, 8]
-        assert listed[0]["image_threshold"] == 0.5
+        assert [listed[0][key] for key in ("image_score", "top_share", "image_threshold")] == ["max", None, 0.5]
         assert post(client, picture_file()).json()["score"] == 0.75
         assert post(client, picture_file(), path="/v1/models/瓶-2:predict").json()["score"] == 0.25
 

@@ -12,6 +12,7 @@ from datasets.layout import Folder
 from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import UserError
 from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
+from utils.config import load_config
 from utils.evaluation import Scores, measure_all
 from utils.thresholds import (
     alarm_line,
@@ -186,19 +187,19 @@ def test_the_outcome_of_thresholds_that_miss(measured):
 
 
 @pytest.fixture
-def stored(tmp_path, measured):
+def stored(tmp_path, config, measured):
     """A checkpoint and its thresholds: the checkpoint's path and the calibration."""
     checkpoint = tmp_path / "best.pdparams"
     checkpoint.write_bytes(b"weights")
     calibration = calibrate_f1(Path("数据/part/test"), measure_all(*measured), *measured)
-    path = write_thresholds(checkpoint, 7, calibration, outcome(calibration.thresholds, *measured))
+    path = write_thresholds(checkpoint, 7, config, calibration, outcome(calibration.thresholds, *measured))
     assert path == tmp_path / "thresholds.yaml"
     return checkpoint, calibration
 
 
-def test_stored_thresholds_come_back_to_the_last_bit(stored):
+def test_stored_thresholds_come_back_to_the_last_bit(stored, config):
     checkpoint, calibration = stored
-    assert load_thresholds(checkpoint) == calibration.thresholds
+    assert load_thresholds(checkpoint, config) == calibration.thresholds
 
 
 def test_the_file_says_where_they_come_from(stored):
@@ -212,18 +213,52 @@ def test_the_file_says_where_they_come_from(stored):
     assert content["sha256"] == hashlib.sha256(b"weights").hexdigest()
 
 
-def test_no_file_no_thresholds(tmp_path, capsys):
-    assert load_thresholds(tmp_path / "best.pdparams") is None
+def test_no_file_no_thresholds(tmp_path, config, capsys):
+    assert load_thresholds(tmp_path / "best.pdparams", config) is None
     assert not capsys.readouterr().err
 
 
-def test_thresholds_of_another_checkpoint_are_not_used(stored, capsys):
+def test_thresholds_of_another_checkpoint_are_not_used(stored, config, capsys):
     checkpoint, _ = stored
     checkpoint.write_bytes(b"trained again")
-    assert load_thresholds(checkpoint) is None
+    assert load_thresholds(checkpoint, config) is None
     (line,) = capsys.readouterr().err.splitlines()
     assert "another checkpoint" in line
     assert "eval.py" in line
+
+
+TOP = ["image_score=top", "top_share=0.01"]
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "used", "told"),
+    [
+        (TOP, TOP, None),
+        ([], ["top_share=0.01"], None),  # which no maximum depends on
+        (TOP, [], "of image_score top 0.01, not max,"),
+        ([], TOP, "of image_score max, not top 0.01,"),
+        (TOP, [*TOP, "top_share=0.02"], "of image_score top 0.01, not top 0.02,"),
+    ],
+)
+def test_thresholds_of_another_image_score_are_not_used(stored, measured, calibrated, used, told, capsys):
+    checkpoint, calibration = stored
+    calibrated, used = (load_config("configs/resnet18.yaml", overrides) for overrides in (calibrated, used))
+    write_thresholds(checkpoint, 7, calibrated, calibration, outcome(calibration.thresholds, *measured))
+    assert load_thresholds(checkpoint, used) == (None if told else calibration.thresholds)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == bool(told)
+    assert all(told in line and "--threshold_rule f1" in line for line in warnings)
+
+
+def test_thresholds_from_before_there_was_a_choice_are_of_the_maximum(stored, config, capsys):
+    checkpoint, calibration = stored
+    path = checkpoint.parent / "thresholds.yaml"
+    older = yaml.safe_load(path.read_text())
+    del older["image_score"], older["top_share"]
+    path.write_text(yaml.safe_dump(older))
+    assert load_thresholds(checkpoint, config) == calibration.thresholds
+    assert load_thresholds(checkpoint, load_config("configs/resnet18.yaml", TOP)) is None
+    assert "of image_score max, not top 0.01" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,23 +274,23 @@ def test_thresholds_of_another_checkpoint_are_not_used(stored, capsys):
         {"pixel_rule": "none"},
     ],
 )
-def test_wrong_values_are_refused(stored, change):
+def test_wrong_values_are_refused(stored, config, change):
     checkpoint, _ = stored
     path = checkpoint.parent / "thresholds.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
     with pytest.raises(UserError, match=r"thresholds\.yaml: damaged"):
-        load_thresholds(checkpoint)
+        load_thresholds(checkpoint, config)
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"f1", b"- 0.5", b"rule: f1", b"{", b"\xff\xfe", b"a: !!python/object/apply:os.system [exit 1]"],
 )
-def test_a_damaged_file_is_a_user_error(stored, content):
+def test_a_damaged_file_is_a_user_error(stored, config, content):
     checkpoint, _ = stored
     (checkpoint.parent / "thresholds.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"thresholds\.yaml: damaged"):
-        load_thresholds(checkpoint)
+        load_thresholds(checkpoint, config)
 
 
 def test_the_published_thresholds():

@@ -7,12 +7,13 @@ import numpy as np
 import paddle
 import pytest
 
+import utils.training
 from datasets.mvtec import hold_out
 from deploy.common.cli import UserError
 from models.fastflow import FastFlow
 from utils.averaging import WeightAverage
 from utils.config import load_config
-from utils.training import backward, draw_noise, learning_rate
+from utils.training import Training, backward, draw_noise, learning_rate
 
 STABLE = "configs/resnet18_stable.yaml"
 
@@ -27,6 +28,48 @@ def test_the_cosine_rises_first_and_ends_near_zero():
     np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0], atol=2e-3)
     falling = [learning_rate(config, done) for done in np.linspace(0.025, 1, 50)]
     assert falling == sorted(falling, reverse=True)
+
+
+class NoFeatures:
+    """Stands for the features of 22 pictures, of which nothing is looked at."""
+
+    def __len__(self):
+        return 22
+
+    def batch(self, indices):
+        return list(indices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "total"),
+    [
+        ({"epochs": 3}, [3, 6, 9], 9),
+        ({"steps": 7}, [3, 6, 7], 7),
+        ({"steps": 6}, [3, 6], 6),
+        ({"steps": 2}, [2], 2),
+        ({"steps": 2, "batch_size": 32}, [1, 2], 2),
+    ],
+)
+def test_a_budget_in_steps_cuts_the_last_epoch_short_and_is_what_the_schedule_goes_by(
+    config, monkeypatch, changes, steps, total
+):
+    rates, sizes = [], []
+    monkeypatch.setattr(
+        utils.training, "training_step", lambda model, optimizer, batch, *_: sizes.append(len(batch)) or paddle.ones([])
+    )
+    small = {"input_size": 32, "flow_step": 1, "batch_size": 8, "lr_schedule": "cosine", "log_interval": 1}
+    config = dataclasses.replace(config, **small | changes)
+    training = Training(FastFlow(config), config)
+    assert training.last_epoch(22) == len(steps)
+    for _ in steps:
+        assert training.steps(22) == (len(rates), total)
+        loss = training.epoch(NoFeatures(), lambda line: None, lambda: rates.append(training.optimizer.get_lr()))
+        training.record(loss, None, None, None, 1.0)
+        assert training.last_epoch(22) == len(steps)
+    assert [row.steps for row in training.history] == steps
+    assert training.steps(22) == (total, total)
+    np.testing.assert_allclose(rates, [learning_rate(config, (step + 0.5) / total) for step in range(total)], rtol=1e-6)
+    assert sizes[:3] == ([22, 22] if changes.get("batch_size") else [8, 8, 6])[: len(sizes)][:3]
 
 
 def test_noise_is_that_of_the_global_batch_whoever_draws_it():

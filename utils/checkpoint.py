@@ -95,7 +95,9 @@ def _history(checkpoint: dict[str, Any]) -> list[EpochRow]:
     for number, row in enumerate(rows, start=1):
         measured = (row.image_auroc, row.pixel_auroc, row.selection, row.val_loss)
         values = [row.loss, row.lr, row.seconds, *(value for value in measured if value is not None)]
-        if type(row.epoch) is not int or row.epoch != number or not all(type(value) is float for value in values):
+        counted = row.steps is None or (type(row.steps) is int and row.steps >= number)
+        sound = type(row.epoch) is int and row.epoch == number and counted
+        if not sound or not all(type(value) is float for value in values):
             raise ValueError(f"its history is damaged at epoch {number}")
     return rows
 

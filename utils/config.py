@@ -130,6 +130,20 @@ class Config:
         "published",
         decides="training",
     )
+    image_score: Literal["max", "top"] = key(
+        "what of its anomaly map is a picture's score: max: the largest value; top: the mean of the largest ones",
+        "图片的分数取异常图的什么：max：最大值；top：若干最大值的平均",
+        "max",
+        decides="training",
+    )
+    top_share: float = key(
+        "of top: how many values, as a share of the area of one input",
+        "top 取多少个值：占一个输入面积的比例",
+        0.03,
+        decides="training",
+        above=0,
+        most=1,
+    )
     threshold_rule: Literal["published", "f1", "quantile"] = key(
         "how decisions are made: published: above 0.8; f1: by the highest F1 on the test set; quantile: by held-out "
         "good pictures; eval.py calibrates the last two",
@@ -138,19 +152,29 @@ class Config:
     )
     seed: int = key("of all that is random", "所有随机数的种子", 0, decides="training", least=0, most=2**63 - 1)
     epochs: int = key(
-        "at most; with lr_schedule cosine the learning rate is 0 at the end of the last",
-        "最多训练的轮数；lr_schedule 为 cosine 时学习率在最后一轮结束时为 0",
+        "at most, where there are no `steps`; with lr_schedule cosine the learning rate is 0 at the end of the last",
+        "没有 `steps` 时最多训练的轮数；lr_schedule 为 cosine 时学习率在最后一轮结束时为 0",
         500,
         least=1,
         most=1_000_000,  # each checkpoint holds the whole history
+    )
+    steps: int | None = key(
+        "how many training takes, in place of `epochs`: it goes over the pictures as often as that needs, the last "
+        "time perhaps not over all; null: epochs; -o epochs=N and --epochs N set it to null",
+        "训练的步数，代替 `epochs`：图片按需要反复使用，最后一轮可能用不完；null：按轮数；"
+        "-o epochs=N 和 --epochs N 把它设为 null",
+        None,
+        least=1,
+        most=1_000_000,
     )
     batch_size: int = key(
         "pictures in a step, over all processes", "每步的图片数，各进程合计", 32, decides="training", least=1
     )
     lr: float = key("learning rate of Adam", "Adam 的学习率", 1e-3, decides="training", above=0)
     lr_schedule: Literal["constant", "cosine"] = key(
-        "cosine: rises over the first epochs and falls to 0 at the last of `epochs`",
-        "cosine：前几轮上升，到 `epochs` 的最后一轮降为 0",
+        "cosine: rises over the first fortieth of the training and falls to 0 at its end, the last of `steps` or "
+        "`epochs`",
+        "cosine：在训练的前四十分之一上升，到结束（`steps` 的最后一步或 `epochs` 的最后一轮）降为 0",
         "constant",
         decides="training",
     )
@@ -221,6 +245,22 @@ class Config:
         height, width = self.input_size if isinstance(self.input_size, list) else (self.input_size, self.input_size)
         return height, width
 
+    @property
+    def score_pixels(self) -> int:
+        """How many of the largest values of an anomaly map the image score is the mean of.
+
+        A share of the area of one input, whatever the map is made of: a small defect on a larger picture has as many.
+        """
+        return max(1, round(self.top_share * math.prod(self.size))) if self.image_score == "top" else 1
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What scores and thresholds of one model depend on, as `thresholds.yaml` and `inference.yml` say it."""
+        return {
+            "image_score": self.image_score,
+            "top_share": self.top_share if self.image_score == "top" else None,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, as in the YAML file."""
         return dataclasses.asdict(self)
@@ -234,8 +274,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
         overrides: strings like `lr=0.0005` or `selection_weights.image=1`; values are YAML.
         options: config keys given as command-line options of their own; None means not given.
 
+    Whoever gives epochs in one of the two ways wants these and no budget in steps: `steps` is None then.
+
     Raises:
-        UserError: unreadable file, unknown or missing key, wrong type, value out of range.
+        UserError: unreadable file, unknown or missing key, wrong type, value out of range; epochs and steps are given.
     """
     try:
         values = read_yaml(path)
@@ -243,9 +285,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
         raise UserError(f"config {path}: cannot be read ({error}); give a YAML file with -cfg") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path}: must hold `key: value` lines, see configs/resnet18.yaml")
+    given = {key: value for key, value in options.items() if value is not None}
     for override in overrides:
         _override(values, override)
-    values.update({key: value for key, value in options.items() if value is not None})
+    values.update(given)
+    named = given.keys() | {override.partition("=")[0] for override in overrides}
+    if "epochs" in named:
+        if "steps" in named and values["steps"] is not None:
+            raise UserError("epochs and steps: give one of the two, the length of a training is either")
+        values["steps"] = None
     return parse_config(values, f"config {path}")
 
 

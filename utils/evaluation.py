@@ -21,7 +21,7 @@ EVALUATION_BATCH = 8  # pictures a pass; the result does not depend on it
 
 @dataclass(frozen=True)
 class Scores:
-    """image: (N,) float32, maximum of each raw map; pixel: (N, H, W) float32, the smoothed maps.
+    """image: (N,) float32, the image scores; pixel: (N, H, W) float32, the smoothed maps.
 
     Without pictures N, H and W are 0.
     """

@@ -27,6 +27,7 @@ class EpochRow:
     selection: float | None  # what chooses the best checkpoint: the highest
     seconds: float
     val_loss: float | None = None  # mean over the held-out pictures
+    steps: int | None = None  # of the optimizer up to its end; None in files of versions that did not count them
 
 
 def selection_value(config: Config, image: float | None, pixel: float | None, val_loss: float | None) -> float | None:
@@ -73,14 +74,24 @@ def may_stop(config: Config) -> bool:
     return config.selection != "last" and config.eval_interval > 0
 
 
-def is_evaluated(epoch: int, config: Config) -> bool:
-    """Whether the test pictures and those held out are scored after this epoch, counted from 1."""
-    return config.eval_interval > 0 and (epoch % config.eval_interval == 0 or epoch == config.epochs)
+def is_evaluated(epoch: int, last: int, config: Config) -> bool:
+    """Whether the test pictures and those held out are scored after this epoch, counted from 1, of `last` ones."""
+    return config.eval_interval > 0 and (epoch % config.eval_interval == 0 or epoch == last)
+
+
+def trained_enough(history: Sequence[EpochRow], config: Config) -> bool:
+    """Whether the config's budget is used up after these epochs.
+
+    Steps that were not counted count as none.
+    """
+    if config.steps is None:
+        return len(history) >= config.epochs
+    return bool(history) and (history[-1].steps or 0) >= config.steps
 
 
 def finished(history: Sequence[EpochRow], config: Config) -> bool:
     """Whether train.py has nothing more to do after these epochs."""
-    return len(history) >= config.epochs or waited_for(history) >= config.patience
+    return trained_enough(history, config) or waited_for(history) >= config.patience
 
 
 def epoch_line(history: Sequence[EpochRow]) -> str:

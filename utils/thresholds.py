@@ -29,6 +29,7 @@ from deploy.common.decisions import Thresholds
 from deploy.common.files import regular_file, sha256, write_text
 from deploy.common.imaging import PUBLISHED_RULE, PUBLISHED_THRESHOLD
 from deploy.common.plain_yaml import read_yaml
+from utils.config import Config
 from utils.metrics import f1_score
 
 if TYPE_CHECKING:
@@ -176,17 +177,21 @@ def broken_promise(decisions: Mapping[str, float | None], rate: float) -> str | 
 
 
 def write_thresholds(
-    checkpoint: Path, epoch: int, calibration: Calibration, figures: Mapping[str, float | None]
+    checkpoint: Path, epoch: int, config: Config, calibration: Calibration, figures: Mapping[str, float | None]
 ) -> Path:
     """Write thresholds.yaml beside the checkpoint, bound to it by its SHA-256; return the file's path.
 
-    `figures` are the `outcome` of the thresholds.
+    Args:
+        checkpoint: written after this epoch.
+        config: that the pictures were scored with.
+        figures: the `outcome` of the thresholds.
     """
     content = {
         "rule": calibration.thresholds.rule,
         "image_threshold": calibration.thresholds.image,
         "pixel_rule": calibration.thresholds.pixel_rule,
         "pixel_threshold": calibration.thresholds.pixel,
+        **config.scoring,
         "false_alarm_rate": calibration.false_alarm_rate,
         "data": {
             "folder": str(calibration.folder),
@@ -203,8 +208,10 @@ def write_thresholds(
     return path
 
 
-def load_thresholds(checkpoint: Path) -> Thresholds | None:
-    """The thresholds stored beside a checkpoint; None if there are none, or (with a warning) those of another one.
+def load_thresholds(checkpoint: Path, config: Config) -> Thresholds | None:
+    """The thresholds stored beside a checkpoint; None if there are none, or (with a warning) they are not for it.
+
+    They are for other scores if they belong to another checkpoint, or the config makes image scores in another way.
 
     Raises:
         UserError: the file is damaged.
@@ -218,6 +225,7 @@ def load_thresholds(checkpoint: Path) -> Thresholds | None:
             _one_of(CALIBRATED, values["rule"]),
             _one_of(RULES, values["pixel_rule"]),
         )
+        scoring = {"image_score": values.get("image_score", "max"), "top_share": values.get("top_share")}  # as of old
         checkpoint_sha256 = values["sha256"]
     except FileNotFoundError:
         return None
@@ -227,6 +235,13 @@ def load_thresholds(checkpoint: Path) -> Thresholds | None:
         warn(
             f"{path}: these thresholds belong to another checkpoint than {checkpoint.name} and are not used; "
             f"run eval.py with --threshold_rule {thresholds.rule}, or delete the file"
+        )
+        return None
+    if scoring != config.scoring:
+        told, wanted = (" ".join(str(value) for value in of.values() if value) for of in (scoring, config.scoring))
+        warn(
+            f"{path}: these thresholds are of image_score {told}, not {wanted}, and are not used; "
+            f"run eval.py with --threshold_rule {thresholds.rule} and this image_score, or delete the file"
         )
         return None
     return thresholds

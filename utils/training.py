@@ -140,11 +140,24 @@ class Training:
         self.model, self.config, self.held_out = model, config, list(held_out)
         self.history: list[EpochRow] = []
         self.backbone: dict[str, Any] = {}  # where its weights are from
+        self._steps = 0  # up to the end of the last epoch
         dtype, self.precision = mixed_precision() if config.amp else ("float32", "float32")
         model.train_in(dtype)
         self.optimizer = build_optimizer(model, config)
         self.average = WeightAverage(model, config.ema_decay)
         self.scale = LossScale() if dtype == "float16" else None
+
+    def steps(self, pictures: int) -> tuple[int, int]:
+        """How many steps are done, and how many the whole training has over so many pictures."""
+        config, iterations = self.config, math.ceil(pictures / self.config.batch_size)
+        if config.steps is None:
+            return len(self.history) * iterations, config.epochs * iterations
+        return (self.history[-1].steps if self.history else 0), config.steps
+
+    def last_epoch(self, pictures: int) -> int:
+        """The epoch over so many pictures that ends the training, counted from 1; or the one that did."""
+        done, total = self.steps(pictures)
+        return len(self.history) + math.ceil(max(0, total - done) / math.ceil(pictures / self.config.batch_size))
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint that train.py wrote.
@@ -175,6 +188,8 @@ class Training:
         if self.scale and "loss_scale" in checkpoint:
             self.scale.resume(checkpoint["loss_scale"], str(path))
         history = history_of(checkpoint, path)
+        if self.config.steps is not None and history[-1].steps is None:
+            raise UserError(f"{path}: its steps were not counted; --resume goes on only with -o steps=null")
         try:
             self.backbone = checkpoint.get("backbone")
             if not self.backbone:
@@ -189,6 +204,8 @@ class Training:
         self, features: FeatureCache, log: Callable[[str], None], step_done: Callable[[], object] = lambda: None
     ) -> float:
         """Go once over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
+
+        It ends before, where a budget in steps does.
 
         Args:
             features: of the training pictures.
@@ -206,7 +223,9 @@ class Training:
         self.model.train()
         order = np.random.default_rng([config.seed, epoch]).permutation(len(features))
         batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-        total = paddle.zeros([])  # stays on the device: reading it at every step would make a GPU wait
+        done, total = self.steps(len(features))
+        batches = batches[: total - done]
+        losses = paddle.zeros([])  # their sum stays on the device: reading it at every step would make a GPU wait
         times = IterationTimes()
         skipped_before = self.scale.skipped if self.scale else 0
         for iteration, indices in enumerate(batches, start=1):
@@ -217,16 +236,17 @@ class Training:
                 drawn = draw_noise(batch, rows, len(indices), [config.seed, epoch, iteration])
                 noise = [config.feature_noise * n for n in drawn]
             times.batch_read()
-            optimizer.set_lr(learning_rate(config, (epoch - 1 + (iteration - 0.5) / len(batches)) / config.epochs))
+            optimizer.set_lr(learning_rate(config, (done + iteration - 0.5) / total))
             loss = training_step(self.model, optimizer, batch, weight, self.scale, noise)
             self.average.update()
-            total += loss
+            losses += loss
             times.step_done(len(indices))
             step_done()
             if iteration == 1 or iteration % config.log_interval == 0 or iteration == len(batches):
+                last, mean = _finite(loss, epoch), _finite(losses / iteration, epoch)
                 log(
-                    f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - loss = "
-                    f"{_finite(loss, epoch):.3f}/{_finite(total / iteration, epoch):.3f} (last/avg) - {times.summary()}"
+                    f"Epoch {epoch} - iter:{iteration}/{len(batches)} - lr:{optimizer.get_lr():g} - "
+                    f"loss = {last:.3f}/{mean:.3f} (last/avg) - {times.summary()}"
                 )
         if self.scale and self.scale.skipped > skipped_before:
             log(
@@ -236,7 +256,8 @@ class Training:
         # Squares: of larger parameters the flows make infinities, which a ReLU may turn into scores that look fine.
         trained = [p for p in self.model.parameters() if not p.stop_gradient]
         _finite(paddle.stack([p.square().max() for p in trained]).max(), epoch)
-        return total.item() / len(batches)
+        self._steps = done + len(batches)
+        return losses.item() / len(batches)
 
     def record(
         self, loss: float, image: float | None, pixel: float | None, val_loss: float | None, seconds: float
@@ -244,7 +265,8 @@ class Training:
         """Note an epoch: its mean loss, AUROCs and held-out loss where they were measured, and how long it took."""
         selection = selection_value(self.config, image, pixel, val_loss)
         lr = self.optimizer.get_lr()
-        self.history.append(EpochRow(len(self.history) + 1, loss, lr, image, pixel, selection, seconds, val_loss))
+        row = EpochRow(len(self.history) + 1, loss, lr, image, pixel, selection, seconds, val_loss, self._steps)
+        self.history.append(row)
 
     def content(self) -> dict[str, Any]:
         """What a checkpoint holds after the epoch that was noted last."""
@@ -268,8 +290,9 @@ class Training:
 def _warn_of_changes(trained: dict[str, Any], config: Config, path: Path) -> None:
     """Name the settings that a resumed training depends on and that are not those of the checkpoint's config."""
     now = config.as_dict()
-    cosine = "cosine" in (trained.get("lr_schedule"), config.lr_schedule)  # it ends with the last epoch
-    keys = (*TRAINING_KEYS, "epochs") if cosine else TRAINING_KEYS
+    keys = TRAINING_KEYS
+    if "cosine" in (trained.get("lr_schedule"), config.lr_schedule):  # it ends with the training
+        keys = (*keys, "steps" if config.steps is not None or trained.get("steps") is not None else "epochs")
     changed = [f"{key} {trained[key]} is now {now[key]}" for key in keys if key in trained and trained[key] != now[key]]
     if changed and distributed.is_first():
         warn(

@@ -83,6 +83,8 @@ class ModelInfo(BaseModel):
     name: str
     category: str
     input_size: list[int] = Field(description="height and width that pictures are resized to")
+    image_score: str = Field(description="what of the anomaly map the score is: max: the largest value; top: a mean")
+    top_share: float | None = Field(description="of top: of how many values, as a share of the input's area")
     image_threshold: float = Field(description="a picture is an anomaly above it")
     pixel_threshold: float = Field(description="a pixel is anomalous above it")
 
