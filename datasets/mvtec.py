@@ -92,9 +92,13 @@ def list_categories(data: Path) -> list[str]:
     """
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    found = [folder.name for folder in layout.subfolders(data) if _parts(folder) != (None, None)]
+    folders = layout.subfolders(data)
+    found = [folder.name for folder in folders if _parts(folder) != (None, None)]
     if not found:
         advice = ""
+        deeper = [folder for folder in folders if any(_parts(below)[0] for below in layout.subfolders(folder))]
+        if deeper:
+            advice = f"; there are some in {deeper[0].name}: give --data {deeper[0]}"
         if layout.find(data, layout.TRAIN):
             advice = f"; it is a category itself: give --data {data.resolve().parent} -cat {data.resolve().name}"
         raise UserError(f"--data {data}: no category in it (a folder with train/good and test, see README.md){advice}")
@@ -109,8 +113,8 @@ def load_category(data: Path, name: str) -> Category:
     """
     folder = data / name
     if name in ("", "..") or Path(name).name != name or not folder.is_dir():
-        known = f"; there are: {', '.join(list_categories(data))}" if data.is_dir() else ""
-        raise UserError(f"category {name}: no such folder under --data {data}{known}")
+        known = ", ".join(list_categories(data))
+        raise UserError(f"category {name}: no such folder under --data {data}; there are: {known}")
     train, test = _parts(folder)
     if not train:
         there = ", ".join(path.name for path in layout.subfolders(folder)) or "no folder"

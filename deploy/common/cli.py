@@ -26,7 +26,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong option is one line on stderr instead of the whole usage text."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
+        files = [word for word in sys.argv[1:] if word.startswith("-") and os.path.isfile(word)]  # of a pattern, say
+        advice = f"{files[0]} is a file: write ./{files[0]}" if files else f"see {self.prog} --help"
+        self.exit(2, f"error: {printable(f'{self.prog}: {message} ({advice})')}\n")
 
 
 def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: str | None = None) -> None:
@@ -147,10 +149,17 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
         if end_at_once:
             os._exit(code)
     except BaseException as error:
-        # Of a KeyboardInterrupt in the midst of an import, for example, Python may make another error.
-        code = _report(error, packages) if terminated == -math.inf else 128 + signal.SIGTERM
+        code = _report(_interrupt_behind(error), packages) if terminated == -math.inf else 128 + signal.SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
+
+
+def _interrupt_behind(error: BaseException) -> BaseException:
+    """The KeyboardInterrupt that another error was made of, as in the midst of an import; else the error itself."""
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def _report(error: BaseException, packages: str) -> int:

@@ -154,12 +154,13 @@ def to_rgb(array: np.ndarray, white_level: int) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
+    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is; one of 16 bit may hold values of 8.
 
     Raises:
         UserError: as `decode`.
     """
-    return read_rgb(path).max(axis=2)
+    array = decode(path)
+    return to_rgb(array, FULL_WHITE if array.max() > 255 else 255).max(axis=2)
 
 
 def decode(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
