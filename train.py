@@ -180,7 +180,7 @@ def check_rules(config: Config, name: str, truth: "GroundTruth") -> None:
     if config.selection == "test_auroc" and config.eval_interval != -1 and lacking:
         raise UserError(
             f"category {name}: {lacking}, which selection: test_auroc needs to choose a checkpoint; "
-            "train with -cfg configs/resnet18_stable.yaml or -o selection=last"
+            "train with -cfg configs/auto.yaml or -o selection=last"
         )
     if config.threshold_rule == "quantile" and not config.holdout:
         raise UserError(

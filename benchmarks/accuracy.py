@@ -1,14 +1,15 @@
-"""How the published and the stable configuration do on a real category: python -m benchmarks.accuracy
+"""How configurations do on real categories: python -m benchmarks.accuracy --data FOLDER
 
-Runs `train.py` and `eval.py` for each configuration and seed, one after the other, and writes `accuracy.json` (every
-epoch of every run, and both evaluations) and `accuracy.png` here. What a run that was cut off had done is kept: it
-goes on where it stopped, and runs that are in `accuracy.json` are not run again; others join them. The pictures are
-those that FASTFLOW_MVTEC_DIR names.
+Runs `train.py` and `eval.py` for each category, configuration and seed, one after the other, and writes
+`accuracy.json`: every epoch of every run, with figures of the test set about every eighth of it, and the evaluation of
+the last one; `python -m benchmarks.tables` makes the table of it. What a run that was cut off had done is kept: it goes
+on where it stopped, and runs that are in `accuracy.json` are not run again; others join them.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,22 +20,36 @@ from typing import Any
 
 from benchmarks.__main__ import describe_machine
 from benchmarks.inputs import ROOT
+from datasets.mvtec import hold_out, list_categories, load_category
 from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.common.files import make_folder, write_text
-from utils.plots import blank_figure, write_figure
+from utils.config import load_config
 
-CONFIGS = ("resnet18", "resnet18_stable")
+EVALUATIONS = 8  # of a training, on the test set: those at 50% and 75% of it are what the table shows
+RUN = ("category", "config", "options", "seed", "epochs", "steps")  # what tells one run from another
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser(prog="benchmarks.accuracy", description="Train and evaluate several seeds, epoch by epoch.")
-    parser.add_argument("--data", default=os.environ.get("FASTFLOW_MVTEC_DIR"), help="folder of the categories")
-    parser.add_argument("--category", default="bottle", help="one of them (%(default)s)")
-    parser.add_argument(
-        "--configs", nargs="+", default=CONFIGS, metavar="NAME", help="of configs/ (both ResNet18 ones)"
+    parser = ArgumentParser(
+        prog="benchmarks.accuracy", description="Train and evaluate categories, several seeds each."
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), help="(0 1 2)")
-    parser.add_argument("--epochs", type=positive_int, default=40, help="(%(default)s)")
+    mvtec = os.environ.get("FASTFLOW_MVTEC_DIR")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[Path(mvtec)] if mvtec else None,
+        metavar="FOLDER",
+        help="folders of categories (that of FASTFLOW_MVTEC_DIR)",
+    )
+    parser.add_argument("--categories", nargs="+", metavar="NAME", help="of those in the folders (all)")
+    parser.add_argument(
+        "--configs", nargs="+", default=("auto", "resnet18"), metavar="NAME", help="of configs/ (auto resnet18)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="N", help="(0 1 2)")
+    parser.add_argument(
+        "--epochs", type=positive_int, default=40, metavar="N", help="of a config that has no steps (%(default)s)"
+    )
     parser.add_argument(
         "-o",
         dest="options",
@@ -50,61 +65,71 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if not args.data:
-        raise UserError("--data: name the folder of MVTec AD's categories, or set FASTFLOW_MVTEC_DIR")
+        raise UserError("--data: name folders of categories, or one in FASTFLOW_MVTEC_DIR")
+    categories = find_categories(args.data, args.categories)
     file = make_folder(args.output) / "accuracy.json"
-    made_with = {"category": args.category, "options": args.options}
-    runs = earlier_runs(file, made_with)
-    for config in args.configs:
-        for seed in args.seeds:
-            asked = {"config": config, "seed": seed, "epochs": args.epochs}
-            done = next((run for run in runs if asked.items() <= run.items()), None)
-            if done:
-                print(f"{config}, seed {seed}: measured on {done['date']}, in {file}")
-                continue
-            runs.append(asked | run(**asked, data=Path(args.data).absolute(), **made_with))
-            runs.sort(key=lambda run: [run[key] for key in asked])
-            write_text(file, json.dumps({**made_with, "runs": runs}, indent=1) + "\n")
-    draw(args.output / "accuracy.png", runs, args.category)
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else []
+    for category, data in categories.items():
+        for name in args.configs:
+            for seed in args.seeds:
+                config = load_config(ROOT / f"configs/{name}.yaml", args.options)
+                epochs = args.epochs if config.steps is None else None
+                values = (category, name, args.options, seed, epochs, config.steps)
+                asked = dict(zip(RUN, values, strict=True))
+                done = next((run for run in runs if asked.items() <= run.items()), None)
+                if done:
+                    print(f"{category}, {name}, seed {seed}: measured on {done['date']}, in {file}")
+                    continue
+                runs.append(asked | measure(asked, data))
+                runs.sort(key=lambda run: [str(run[key]) for key in RUN])
+                write_text(file, json.dumps({"runs": runs}, indent=1) + "\n")
 
 
-def earlier_runs(file: Path, made_with: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs in this accuracy.json.
+def find_categories(folders: list[Path], wanted: list[str] | None) -> dict[str, Path]:
+    """The folder that holds each category, as an absolute path.
 
     Raises:
-        UserError: they are of another category, or with other options.
+        UserError: no category is found, one that is wanted is not, or two have the same name.
     """
-    if not file.exists():
-        return []
-    results = json.loads(file.read_text(encoding="utf-8"))
-    for what, value in made_with.items():
-        if results[what] != value:
-            raise UserError(f"{file}: holds runs of {what} {results[what]}; give another --output for {value}")
-    return results["runs"]
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for name in list_categories(folder):
+            if name in found and (not wanted or name in wanted):
+                raise UserError(f"--data: {found[name]} and {folder} both have a category {name}; rename one of them")
+            found[name] = folder.absolute()
+    missing = [name for name in wanted or () if name not in found]
+    if missing:
+        raise UserError(f"--categories: not under --data: {', '.join(missing)}; there are: {', '.join(found)}")
+    return {name: found[name] for name in wanted or found}
 
 
-def run(config: str, seed: int, epochs: int, data: Path, category: str, options: list[str]) -> dict[str, Any]:
-    """Train and evaluate once; no patience, so that every run has all its epochs."""
-    experiment = "accuracy/" + "-".join(map(str, (config, seed, epochs, *options)))
-    folder = ROOT / "results" / experiment
-    common = ["-cfg", f"configs/{config}.yaml", "-cat", category, "--data", str(data), "--exp_dir", experiment]
-    for option in (f"seed={seed}", f"patience={epochs}", *options):
+def measure(asked: dict[str, Any], data: Path) -> dict[str, Any]:
+    """Train and evaluate once, whatever the config would choose or stop by: a run has its whole budget."""
+    category, name, seed = asked["category"], asked["config"], asked["seed"]
+    config = load_config(ROOT / f"configs/{name}.yaml", [*asked["options"], f"seed={seed}"])
+    pictures = len(hold_out(load_category(data, category).train, config.holdout, seed)[0])
+    epochs = asked["epochs"] or math.ceil(config.steps / math.ceil(pictures / config.batch_size))
+    budget = f"{epochs}" if asked["epochs"] else f"{config.steps}s"
+    experiment = "accuracy/" + "-".join([name, str(seed), budget, *asked["options"]])
+    common = ["-cfg", f"configs/{name}.yaml", "-cat", category, "--data", str(data), "--exp_dir", experiment]
+    rules = (f"seed={seed}", "selection=last", f"eval_interval={max(1, epochs // EVALUATIONS)}")
+    for option in (*rules, *asked["options"]):
         common += ["-o", option]
-    command("train.py", *common, "--epochs", str(epochs), "--resume")
-    evaluations = {}
-    for name, which in (("chosen", []), ("last", ["--is_last"])):
-        command("eval.py", *common, *which)
-        row = json.loads((folder / "eval.json").read_text())["categories"][category]
-        if row["backbone"]["file"]:  # where it lies on this machine is nobody's business
-            row["backbone"]["file"] = Path(row["backbone"]["file"]).name
-        evaluations[name] = row
+    command("train.py", *common, *(["--epochs", str(epochs)] if asked["epochs"] else []), "--resume")
+    command("eval.py", *common, "--is_last")
+    folder = ROOT / "results" / experiment
+    last = json.loads((folder / "eval.json").read_text())["categories"][category]
+    if last["backbone"]["file"]:  # where it lies on this machine is nobody's business
+        last["backbone"]["file"] = Path(last["backbone"]["file"]).name
     with open(folder / category / "history.csv", newline="") as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     made = {
+        "pictures": pictures,
         "date": date.today().isoformat(),
         "machine": describe_machine(),
         "versions": {name: version(name) for name in ("paddlepaddle", "numpy")},
     }
-    return {**made, "history": history, **evaluations}
+    return {**made, "history": history, "last": last}
 
 
 def command(*words: str) -> None:
@@ -115,27 +140,6 @@ def command(*words: str) -> None:
     """
     if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
         raise UserError(f"{' '.join(words)} failed")
-
-
-def draw(path: Path, runs: list[dict[str, Any]], category: str) -> None:
-    """Image and pixel AUROC over the epochs, a colour a configuration, a line a seed, as PNG."""
-    figure = blank_figure(11, 4)
-    configs = list(dict.fromkeys(run["config"] for run in runs))
-    for axes, kind in zip(figure.subplots(1, 2), ("image", "pixel"), strict=True):
-        for run in runs:
-            rows = [row for row in run["history"] if row[f"{kind}_auroc"] is not None]
-            first = next(other for other in runs if other["config"] == run["config"]) is run
-            axes.plot(
-                [row["epoch"] for row in rows],
-                [row[f"{kind}_auroc"] for row in rows],
-                color=f"C{configs.index(run['config'])}",
-                linewidth=1,
-                label=run["config"] if first else None,
-            )
-        axes.set(title=f"{category}: {kind} AUROC on the test set", xlabel="epoch")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    write_figure(path, figure)
 
 
 if __name__ == "__main__":

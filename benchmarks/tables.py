@@ -102,8 +102,7 @@ def with_tables(text: str, language: str) -> str:
         "speed_avx2": (speed, "avx2/results.json"),
         "exported": (exported, "avx2/results.json"),
         "accuracy": (accuracy, "accuracy.json"),
-        "crops": (accuracy, "accuracy_crops/accuracy.json"),
-        "fall": (fall, "accuracy_crops/accuracy.json"),
+        "fall": (fall, "accuracy.json"),
     }
 
     def table(match: re.Match) -> str:
@@ -180,60 +179,69 @@ def _medians(
 
 
 def accuracy(results: dict[str, Any], language: str) -> list[str]:
-    """A row a run: the last epoch, the highest value of the run, and the lowest of its second half.
+    """A row a category and configuration: means over the seeds, and the lowest and highest of the last epochs.
 
     Args:
         results: the content of accuracy.json.
     """
     heads = {
         "en": (
+            "category (pictures to learn from)",
             "config",
-            "seed",
-            "epochs",
-            "last epoch: image / pixel AUROC",
-            "highest of all epochs",
-            "lowest of the second half",
-            "checkpoint chosen by the config",
+            "budget",
+            "seeds",
+            "last epoch: image AUROC",
+            "last epoch: pixel AUROC",
+            "at 50% of the budget: image / pixel",
+            "at 75%",
+            "minutes",
         ),
         "zh": (
+            "类别（用来学习的图片数）",
             "配置",
-            "种子",
-            "轮数",
-            "最后一轮：图像 / 像素 AUROC",
-            "各轮最高",
-            "后一半轮次的最低",
-            "配置选出的检查点",
+            "预算",
+            "种子数",
+            "最后一轮：图像 AUROC",
+            "最后一轮：像素 AUROC",
+            "预算的 50%：图像 / 像素",
+            "75%",
+            "分钟",
         ),
     }[language]
-    lines = [f"| {' | '.join(heads)} |", "| :-- |" + " :-: |" * (len(heads) - 1)]
-    epoch_word = {"en": "epoch {}", "zh": "第 {} 轮"}[language]
+    lines = [f"| {' | '.join(heads)} |", "| :-- | :-- | :-- |" + " :-: |" * (len(heads) - 3)]
+    rows = {}
     for run in results["runs"]:
-        pairs = [(r["image_auroc"], r["pixel_auroc"]) for r in run["history"] if r["image_auroc"] is not None]
-        columns = list(zip(*pairs, strict=True))
-        late = list(zip(*pairs[len(pairs) // 2 :], strict=True))
-        chosen = run["chosen"]
+        rows.setdefault(
+            (run["category"], run["config"], tuple(run["options"]), run["epochs"], run["steps"]), []
+        ).append(run)
+    words = {"en": ("{} epochs", "{} steps"), "zh": ("{} 轮", "{} 步")}[language]
+    for (category, config, options, epochs, steps), runs in rows.items():
+        half, later, last = ([_at(run["history"], share) for run in runs] for share in (0.5, 0.75, 1))
+        seconds = [sum(row["seconds"] for row in run["history"]) for run in runs]
         cells = [
-            f"`{run['config']}.yaml`",
-            str(run["seed"]),
-            str(run["epochs"]),
-            _pair(pairs[-1]),
-            _pair([max(column) for column in columns]),
-            _pair([min(column) for column in late]),
-            f"{epoch_word.format(chosen['epoch'])}: {_pair((chosen['image_auroc'], chosen['pixel_auroc']))}",
+            f"{category} ({runs[0]['pictures']})" + "".join(f", `{option}`" for option in options),
+            f"`{config}.yaml`",
+            words[0].format(epochs) if steps is None else words[1].format(steps),
+            str(len(runs)),
+            _spread([row["image_auroc"] for row in last], 3),
+            _spread([row["pixel_auroc"] for row in last], 3),
+            *(
+                " / ".join(_mean([row[f"{kind}_auroc"] for row in part]) for kind in ("image", "pixel"))
+                for part in (half, later)
+            ),
+            f"{sum(seconds) / len(seconds) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    selections = dict.fromkeys(f"{run['config']} {run['chosen']['selection']}" for run in results["runs"])
-    selected = {"en": " Selection of the checkpoint: {}.", "zh": "检查点的选择：{}。"}[language]
-    return [*lines, "", _origin(results, results["runs"], language) + selected.format(", ".join(selections))]
+    return [*lines, "", _origin(results["runs"], language)]
 
 
 def fall(results: dict[str, Any], language: str) -> list[str]:
-    """How the published configuration goes on: a row every 20 epochs, mean over the seeds (lowest to highest).
+    """How the published configuration goes on with the crops: a row every 20 epochs, as means over the seeds.
 
     Args:
-        results: the content of the crops' accuracy.json.
+        results: the content of accuracy.json.
     """
-    runs = [run for run in results["runs"] if run["config"] == "resnet18"]
+    runs = [run for run in results["runs"] if (run["category"], run["config"]) == ("crops", "resnet18")]
     heads = {
         "en": ("epoch", "training loss", "loss of the held-out pictures", "image AUROC", "pixel AUROC"),
         "zh": ("轮次", "训练损失", "留出图片的损失", "图像 AUROC", "像素 AUROC"),
@@ -242,32 +250,44 @@ def fall(results: dict[str, Any], language: str) -> list[str]:
     for rows in zip(*(run["history"][19::20] for run in runs), strict=True):
         cells = [f"{rows[0]['epoch']:.0f}"]
         for key, digits in (("loss", 2), ("val_loss", 2), ("image_auroc", 3), ("pixel_auroc", 3)):
-            values = [row[key] for row in rows]
-            mean, low, high = (f"{value:.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
-            cells.append(f"{mean} ({low} – {high})")
+            cells.append(_spread([row[key] for row in rows], digits))
         lines.append(f"| {' | '.join(cells)} |")
     seeds = ", ".join(str(run["seed"]) for run in runs)
     note = {
         "en": "`resnet18.yaml`, seeds {}: mean (lowest – highest). ",
         "zh": "`resnet18.yaml`，种子 {}：平均（最低 – 最高）。",
     }[language].format(seeds)
-    return [*lines, "", note + _origin(results, runs, language)]
+    return [*lines, "", note + _origin(runs, language)]
 
 
-def _origin(results: dict[str, Any], runs: list[dict[str, Any]], language: str) -> str:
+def _at(history: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
+    """The evaluated epoch that ends nearest to this share of the training."""
+    ends = [row.get("steps") or row["epoch"] for row in history]
+    measured = [(end, row) for end, row in zip(ends, history, strict=True) if row["image_auroc"] is not None]
+    return min(measured, key=lambda pair: abs(pair[0] - share * ends[-1]))[1]
+
+
+def _origin(runs: list[dict[str, Any]], language: str) -> str:
     """What these runs of accuracy.json were made with, when and where."""
     weights = ", ".join(sorted({run["last"]["backbone"]["file"] or "offline start" for run in runs}))
     dates = ", ".join(sorted({run["date"] for run in runs}))
     machines = ", ".join(sorted({run["machine"]["cpu"] for run in runs}))
-    options = "".join(f", `-o {option}`" for option in results["options"])
     return {
-        "en": f"Category {results['category']}{options}; {dates}, {machines}, backbone weights {weights}.",
-        "zh": f"类别 {results['category']}{options}；{dates}，{machines}，骨干权重 {weights}。",
+        "en": f"{dates}, {machines}, backbone weights {weights}.",
+        "zh": f"{dates}，{machines}，骨干权重 {weights}。",
     }[language]
 
 
-def _pair(values: tuple[float, float] | list[float]) -> str:
-    return " / ".join(f"{value:.4f}" for value in values)
+def _spread(values: Sequence[float | None], digits: int) -> str:
+    """The mean, and the lowest and the highest if there are several; a dash where nothing was measured."""
+    if None in values:
+        return "–"
+    mean, low, high = (f"{value:.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} – {high})" if len(values) > 1 else mean
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    return _spread(values, 3).partition(" ")[0]
 
 
 if __name__ == "__main__":

@@ -632,7 +632,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
-        ({}, [], ["results/bad/bottle/best.pdparams", "resnet18_stable.yaml"]),
+        ({}, [], ["results/bad/bottle/best.pdparams", "auto.yaml"]),
         ({"held_out": ["000.png", "nowhere.png"]}, [], ["nowhere.png"]),
         ({}, ["--false_alarm_rate", "1"], ["--false_alarm_rate", "between 0 and 1"]),
         ({}, ["--false_alarm_rate", "nan"], ["--false_alarm_rate", "between 0 and 1"]),
@@ -1287,7 +1287,7 @@ def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
     assert done.stdout.splitlines()[-2] == "part             pixel auroc:n/a    image auroc:n/a"
     assert "held-out loss" in done.stdout
     line = workplace.fail("train.py", "-cfg", "configs/resnet18.yaml", *common, "--exp_dir", "no_test_set")
-    assert "resnet18_stable.yaml" in line
+    assert "auto.yaml" in line
     assert not (workplace.folder / "results/no_test_set").exists()
 
 

@@ -100,8 +100,8 @@ def test_held_out_pictures_are_found_by_name():
 @pytest.mark.parametrize(
     ("checkpoint", "words"),
     [
-        ({}, ["best.pdparams", "resnet18_stable.yaml", "holdout=0.1"]),
-        ({"held_out": []}, ["best.pdparams", "resnet18_stable.yaml"]),
+        ({}, ["best.pdparams", "auto.yaml", "holdout=0.1"]),
+        ({"held_out": []}, ["best.pdparams", "auto.yaml"]),
         ({"held_out": ["a.png", "gone.png"]}, ["gone.png", "1 of 2", "--data"]),
         ({"held_out": ["../../test/bad/a.png"]}, ["test/bad/a.png"]),
     ],

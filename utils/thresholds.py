@@ -120,7 +120,7 @@ def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: P
     if not names:
         raise UserError(
             f"{path}: the threshold rule quantile needs good pictures that training did not use, and this one held "
-            "none out; train with -cfg configs/resnet18_stable.yaml or -o holdout=0.1, or take another rule"
+            "none out; train with -cfg configs/auto.yaml or -o holdout=0.1, or take another rule"
         )
     present = {category.name_of(picture): picture for picture in category.train}
     missing = [name for name in names if name not in present]

@@ -205,7 +205,8 @@ class Training:
     ) -> float:
         """Go once over all pictures in an order that depends on seed and epoch only; the last partial batch is kept.
 
-        It ends before, where a budget in steps does.
+        Under a budget in steps it ends where that does, and its batches are of equal sizes, but for one picture: of 9
+        pictures a second batch of one, in every other step, would teach little but noise.
 
         Args:
             features: of the training pictures.
@@ -224,7 +225,8 @@ class Training:
         order = np.random.default_rng([config.seed, epoch]).permutation(len(features))
         batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
         done, total = self.steps(len(features))
-        batches = batches[: total - done]
+        if config.steps is not None:
+            batches = np.array_split(order, len(batches))[: total - done]
         losses = paddle.zeros([])  # their sum stays on the device: reading it at every step would make a GPU wait
         times = IterationTimes()
         skipped_before = self.scale.skipped if self.scale else 0
