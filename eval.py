@@ -9,6 +9,7 @@ from deploy.common.cli import UserError, report_error, run_main, share, warn
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import PictureReader
 from utils.config import Config
+from utils.html_report import write_report
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
 from utils.results import UNSTATED, describe_lack, evaluation_line, experiment_folder
@@ -160,7 +161,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         write_sensitivity(measured, path)
         print_sensitivity(name, measured.content)
     sensitivity = load_sensitivity(path, stored.image)  # that train.py measured, perhaps
-    return {
+    row = {
         **figures,
         "selection": selection_of(checkpoint, args.is_last),
         "checkpoint": str(path),
@@ -180,6 +181,9 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         "defects": defects,
         "sensitivity": sensitivity and short_form(sensitivity),
     }
+    decided = {"false_alarm_rate": rate, **outcome(stored, scores, truth)}
+    write_report(folder, row, category, checkpoint, config.as_dict(), scores, truth, stored, decided, sensitivity, read)
+    return row
 
 
 if __name__ == "__main__":

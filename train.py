@@ -93,6 +93,7 @@ def main() -> None:
     read = PictureReader(config.white_level)
     paddle.seed(config.seed)
     training = Training(FastFlow(config), config, [category.name_of(path) for path in held_out])
+    training.learnt_from = category.digest_of(train_pictures)
     extractor = training.model.feature_extractor
     folder = make_folder(category_folder(args.exp_dir, category.name))
     let_go = hold_folder(folder) if distributed.is_first() else None

@@ -140,6 +140,7 @@ class Training:
         self.model, self.config, self.held_out = model, config, list(held_out)
         self.history: list[EpochRow] = []
         self.backbone: dict[str, Any] = {}  # where its weights are from
+        self.learnt_from: str | None = None  # digest of the names of its pictures
         dtype, self.precision = mixed_precision() if config.amp else ("float32", "float32")
         model.train_in(dtype)
         self.optimizer = build_optimizer(model, config)
@@ -257,6 +258,7 @@ class Training:
                 "config": self.config.as_dict(),
                 "history": [asdict(row) for row in self.history],
                 "held_out": self.held_out,
+                "learnt_from": self.learnt_from,
             }
             if self.config.ema_decay:
                 content["average"] = self.average.state()
