@@ -154,7 +154,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         )
     elif args.threshold_rule == PUBLISHED_RULE:
         withdraw_thresholds(path)
-    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds, read)
+    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, stored, read)
     if args.save_maps:
         save_maps(folder / "maps.npz", paths, scores, truth)
     if measured:

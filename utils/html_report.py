@@ -24,7 +24,7 @@ from datasets.mvtec import Category, GroundTruth
 from deploy.common.cli import escaped, printable
 from deploy.common.decisions import Thresholds
 from deploy.common.files import sha256, write_text
-from deploy.common.imaging import decision_line, draw_panels
+from deploy.common.imaging import FORMATS, decision_line, draw_panels
 from utils.intervals import BINS, DRAWS, intervals, rate_interval
 from utils.report import TITLES, Row, defect_notes, defect_table, describe_epoch
 from utils.results import OFFLINE, describe_backbone, describe_lack, describe_selection, figure
@@ -53,8 +53,8 @@ NO_SENSITIVITY = (
 )
 DRAWN = (
     "These defects are drawn, not real: on good pictures that training did not use, at their full size, before they "
-    "are resized for the model. Size: longest extent. Contrast: mean change in the channel that changes most, of the way "
-    "from black to white. Real defects may be harder or easier to find."
+    "are resized for the model. Size: longest extent. Contrast: mean change, in the channel that changes most, as a "
+    "share of the way from black to white. Real defects may be harder or easier to find."
 )
 INTERVALS = (
     f"Intervals: {DRAWS} times as many pictures were drawn from the test set with replacement, good and defect ones "
@@ -102,8 +102,10 @@ def write_report(
         _heading("Decisions at the threshold", "按阈值的判定"),
         _confusion(decisions),
         f"<p class=soft>{_safe(thresholds.describe())}</p>",
+        "<div class=cards>",
         _image(folder / "evaluation/scores.png", "Histogram of the image scores of good and defect pictures"),
         _image(folder / "evaluation/roc.png", "ROC curves"),
+        "</div>",
         _findings(folder, sensitivity),
         _defects(category.name, row),
         *worst,
@@ -185,7 +187,7 @@ def _training(folder: Path, row: Row, checkpoint: Mapping[str, Any], config: Map
         ["versions", _versions()],
     ]
     curves = _image(folder / "curves.png", "Losses, and AUROCs where they were measured, by epoch")
-    return f"{_heading('Training', '训练')}{_table([['', ''], *facts])}{curves}"
+    return f"{_heading('Training', '训练')}<div class=facts>{_table([['', ''], *facts])}</div>{curves}"
 
 
 def _repeat(folder: Path, category: Category, config: Mapping[str, Any]) -> str:
@@ -194,7 +196,7 @@ def _repeat(folder: Path, category: Category, config: Mapping[str, Any]) -> str:
     train += ["--exp_dir", folder.parent.name, "-cat", category.name]
     commands = [train] if (folder / "config.yaml").exists() else []
     commands.append(["python", *sys.orig_argv[1:]])
-    settings = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).splitlines()
+    settings = yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None).splitlines()
     blocks = [_heading("To repeat it", "重现")]
     for lines in ([shlex.join(map(str, command)) for command in commands], settings):
         blocks.append("<pre>" + "\n".join(html.escape(escaped(line)) for line in lines) + "</pre>")
@@ -208,8 +210,11 @@ def _learnt_from(category: Category, checkpoint: Mapping[str, Any]) -> tuple[str
     stated = checkpoint.get("learnt_from")
     sizes: dict[str, int] = {}
     for path in pictures:
-        with Image.open(path) as image:
-            size = f"{image.width}x{image.height}"
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                size = f"{image.width}x{image.height}"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            size = "unreadable"
         sizes[size] = sizes.get(size, 0) + 1
     some = sorted(sizes.items(), key=lambda item: -item[1])
     now = f"{len(pictures)} good pictures ({', '.join(f'{count} of {size}' for size, count in some[:4])}"
