@@ -9,9 +9,11 @@ from deploy.common.cli import UserError, report_error, run_main, share, warn
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import PictureReader
 from utils.config import Config
+from utils.html_report import write_report
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
 from utils.results import UNSTATED, describe_lack, evaluation_line, experiment_folder
+from utils.sensitivity import load_sensitivity, measure_sensitivity, print_sensitivity, short_form, write_sensitivity
 from utils.thresholds import (
     FALSE_ALARM_RATE,
     FILE_NAME,
@@ -39,6 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--is_last", action="store_true", help="the last checkpoint instead of the best one")
     parser.add_argument("--all_metrics", action="store_true", help="print all figures, not only the AUROCs")
     parser.add_argument("--save_maps", action="store_true", help="write what the figures are made of to maps.npz")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="count which defects, drawn on held-out good pictures, are found"
+    )
     parser.add_argument(
         "--threshold_rule",
         choices=RULES,
@@ -93,7 +98,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     rule = args.threshold_rule or config.threshold_rule
     if args.false_alarm_rate and rule != "quantile":
         raise UserError(f"--false_alarm_rate: goes with --threshold_rule quantile, and the rule of {name} is {rule}")
-    held_out = held_out_pictures(category, checkpoint, path) if rule == "quantile" else []
+    held_out = []
+    if rule == "quantile" or args.sensitivity:
+        wanted_by = "the threshold rule quantile" if rule == "quantile" else "--sensitivity"
+        held_out = held_out_pictures(category, checkpoint, path, wanted_by)
     kept = load_thresholds(path, config) if rule == PUBLISHED_RULE and not args.threshold_rule else None
     truth = load_ground_truth(category.test, config.size, config.mask_rule)
     if first:
@@ -109,9 +117,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     scores = score(paths)
     figures = measure_all(scores, truth)
     calibration = None
+    unseen = score(held_out)
     if rule == "quantile":
         calibration = calibrate_quantile(
-            category.good_folders[0].path, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE
+            category.good_folders[0].path, unseen, args.false_alarm_rate or FALSE_ALARM_RATE
         )
     elif rule == "f1":
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
@@ -119,6 +128,8 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     decisions = outcome(thresholds, scores, truth)
     rate = calibration and calibration.false_alarm_rate
     defects = measure_defects(scores, truth, category.test, config, thresholds.image)
+    stored = kept or thresholds  # what predict.py and export go on with
+    measured = measure_sensitivity(model, held_out, unseen.image, stored, rate, read) if args.sensitivity else None
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
@@ -144,10 +155,14 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         )
     elif args.threshold_rule == PUBLISHED_RULE:
         withdraw_thresholds(path)
-    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds, read)
+    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, stored, read)
     if args.save_maps:
         save_maps(folder / "maps.npz", paths, scores, truth)
-    return {
+    if measured:
+        write_sensitivity(measured, path)
+        print_sensitivity(name, measured.content)
+    sensitivity = load_sensitivity(path, stored.image)  # that train.py measured, perhaps
+    row = {
         **figures,
         "selection": selection_of(checkpoint, args.is_last),
         "checkpoint": str(path),
@@ -166,7 +181,11 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
             **decisions,
         },
         "defects": defects,
+        "sensitivity": sensitivity and short_form(sensitivity),
     }
+    decided = {"false_alarm_rate": rate, **outcome(stored, scores, truth)}
+    write_report(folder, row, category, checkpoint, config.as_dict(), scores, truth, stored, decided, sensitivity, read)
+    return row
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 The whole test folder may be missing too: nothing can be measured then. `datasets.layout` says what else is understood.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class Category:
         """What a picture of `train` is called in checkpoints: its path from the folder of good pictures on."""
         first = self.good_folders[0].path
         return picture.relative_to(first if len(self.good_folders) == 1 else first.parent).as_posix()
+
+    def digest_of(self, pictures: Sequence[Path]) -> str:
+        """SHA-256 of the sorted names of pictures of `train`, a line each: the same where the same files were taken."""
+        names = "".join(f"{name}\n" for name in sorted(map(self.name_of, pictures)))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)
