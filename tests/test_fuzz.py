@@ -291,7 +291,7 @@ def test_descriptions_and_thresholds_of_any_content(tmp_path, data):
 
 
 PICTURES = st.sampled_from(
-    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF")]
+    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")]
     + [picture_file(200, (9, 7), "TIFF", compression="tiff_lzw"), picture_file(9, (9, 7), "JPEG", progressive=True)]
 )
 FILES = st.binary(max_size=100) | PICTURES | damaged(PICTURES)

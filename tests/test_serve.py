@@ -75,6 +75,8 @@ def test_a_form_is_scored(client):
         "image_threshold": 0.5,
         "pixel_threshold": 0.6,
         "anomalous_share": 1.0,
+        "size": [30, 40],
+        "orientation": 1,
         "map": None,
         "batch_size": 1,
     }
@@ -111,9 +113,18 @@ def test_the_map_is_a_picture_of_the_models_size(client):
     assert said["anomalous_share"] == 0.5
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
 def test_kinds_of_pictures(client, file_format):
     assert post(client, picture_file(file_format=file_format)).json()["score"] == 0.75
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_the_answer_says_how_the_file_lies_and_how_large_the_upright_picture_is(client, file_format):
+    for orientation, size in ((1, [30, 40]), (3, [30, 40]), (5, [40, 30]), (6, [40, 30]), (9, [30, 40])):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        said = post(client, picture_file(file_format=file_format, exif=exif)).json()
+        assert (said["size"], said["orientation"]) == (size, orientation if orientation < 9 else 1)
 
 
 def test_pictures_that_come_together_run_together_and_each_gets_its_own_answer():
@@ -262,6 +273,8 @@ def test_damaged_files_are_never_the_servers_fault(client):
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("TIFF", {"compression": "jpeg"}),
+        ("WEBP", {"exif": Image.Exif()}),
+        ("WEBP", {"lossless": True}),
     ]:
         file = io.BytesIO()
         noise.save(file, file_format, **options)
@@ -419,7 +432,7 @@ def test_its_scores_are_those_of_infer(server, exported):
     pictures = sorted((ROOT / "images").glob("bottle_*.png"))
     command = [sys.executable, ROOT / "deploy/infer.py", "--save_inference_dir", exported]
     command += ["--image_path", ROOT / "images/bottle_*.png"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    *printed, _ = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     with httpx2.Client(base_url=server.url) as client:
         for path, line in zip(pictures, printed, strict=True):
             for name in ("bottle", "second"):

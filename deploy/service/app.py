@@ -28,7 +28,7 @@ from deploy.common.cli import UserError
 from deploy.common.imaging import label
 from deploy.common.runtime import available_cores
 from deploy.service.batching import Answer, Batcher, Full
-from deploy.service.decoding import Decoders
+from deploy.service.decoding import Decoded, Decoders
 from deploy.service.uploads import BODY, Limits, Uploads, busy, problem
 
 PAGE = Path(__file__).resolve().parent / "page"
@@ -65,9 +65,13 @@ class Prediction(BaseModel):
     image_threshold: float
     pixel_threshold: float
     anomalous_share: float = Field(description="share of the map's pixels above pixel_threshold, from 0 to 1")
+    size: list[int] = Field(description="height and width of the picture, upright")
+    orientation: int = Field(
+        description="how the pixels lie in the file, 1 to 8 as EXIF counts it; 1: upright. The picture was turned by it"
+    )
     map: str | None = Field(
         description="the smoothed anomaly map as a grey 8-bit PNG in base64, 0 to 255 for 0 to 1, of the model's "
-        "input size: stretch it over the picture; null if it was not asked for"
+        "input size: stretch it over the upright picture; null if it was not asked for"
     )
     batch_size: int = Field(description="how many pictures went through the model together")
     time_ms: Milliseconds
@@ -79,8 +83,8 @@ class ModelInfo(BaseModel):
     name: str
     category: str
     input_size: list[int] = Field(description="height and width that pictures are resized to")
-    image_threshold: float
-    pixel_threshold: float
+    image_threshold: float = Field(description="a picture is an anomaly above it")
+    pixel_threshold: float = Field(description="a pixel is anomalous above it")
 
 
 class ModelList(BaseModel):
@@ -248,7 +252,7 @@ class Service:
         begun = time.perf_counter()
         async with self._uploads.read(request) as (content, options):
             received = time.perf_counter()
-            decoded, answer = await while_connected(request, self._run(name, content))
+            picture, decoded, answer = await while_connected(request, self._run(name, content))
         self._metrics.batch_size.labels(name).observe(answer.batch_size)
         _, smoothed, image_score = answer.outputs  # (1, H, W), (1, H, W), ()
         image_threshold = description["image_threshold"] if options.image_threshold is None else options.image_threshold
@@ -268,17 +272,19 @@ class Service:
             image_threshold=image_threshold,
             pixel_threshold=pixel_threshold,
             anomalous_share=float(np.mean(smoothed > pixel_threshold)),
+            size=list(picture.size),
+            orientation=picture.orientation,
             map=anomaly_map,
             batch_size=answer.batch_size,
             time_ms=Milliseconds(**{what: 1000 * value for what, value in seconds.items()}),
         )
 
-    async def _run(self, name: str, content: bytes) -> tuple[float, Answer]:
-        """When the picture was decoded, and what the model says of it."""
+    async def _run(self, name: str, content: bytes) -> tuple[Decoded, float, Answer]:
+        """The picture, when it was decoded, and what the model says of it."""
         model = self._models[name]
         with model.batcher.place() as hand_in:
-            item = await self._decoders.decode(content, model.description)
-            return time.perf_counter(), await asyncio.wrap_future(hand_in(item))
+            picture = await self._decoders.decode(content, model.description)
+            return picture, time.perf_counter(), await asyncio.wrap_future(hand_in(picture.item))
 
 
 def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Collection[str] = ()) -> FastAPI:
