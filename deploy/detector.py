@@ -87,9 +87,7 @@ class Detector:
             usual_batches={1, batch_size} if usual_batches is None else usual_batches,
             winograd=winograd,
         )
-        numbers = self.description["image_threshold"], self.description["pixel_threshold"]
-        rules = self.description["threshold_rule"], self.description["pixel_threshold_rule"]
-        self.stored = Thresholds(*numbers, *rules, self.description["min_area"])
+        self.stored = Thresholds.of(self.description)
         self.thresholds = self.stored.or_given(image_threshold, pixel_threshold, min_area)
         self._read = PictureReader(self.description["white_level"])
         self._model = load_exported(self.folder, backend, self.options)

@@ -125,7 +125,7 @@ def test_several_paths_come_in_their_order_and_each_file_once(pictures, monkeypa
     absolute = f"{pictures}/sub/../sub/d.bmp"
     given = ["sub", "*.png", "./b.png", "a.JPG", absolute, "link/e.jpeg", "[x]", "note.txt"]
     assert [str(path) for path in list_images(*given)] == [
-        *("sub/d.bmp", "sub/e.jpeg"),
+        *("sub/d.bmp", "sub/e.jpeg", "sub/g.WebP"),
         *("b.png", "a.JPG", "[x]/f.tif", "note.txt"),
     ]
     with pytest.raises(UserError, match=r"absent\.png: no such file"):

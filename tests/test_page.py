@@ -50,7 +50,8 @@ def server(exported):
 
 
 RED = {"category": "red", "input_size": [60, 60], "mean": [0.0] * 3, "std": [1.0] * 3}
-RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6}
+RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6, "white_level": None}
+RED |= {"threshold_rule": "published", "pixel_threshold_rule": "published", "min_area": 0}
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,13 @@ class Thresholds:
     pixel_rule: str
     min_area: int = 0
 
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> "Thresholds":
+        """Those of an exported model, by its `inference.yml`."""
+        numbers = description["image_threshold"], description["pixel_threshold"]
+        rules = description["threshold_rule"], description["pixel_threshold_rule"]
+        return cls(*numbers, *rules, description["min_area"])
+
     def describe(self) -> str:
         """See `describe_thresholds`."""
         return describe_thresholds(self.image, self.rule, self.pixel, self.pixel_rule)
