@@ -244,6 +244,14 @@ def _decode_deep_colour(path: Path, content: BinaryIO | None, image: Image.Image
     return np.ascontiguousarray(array[..., 2::-1])
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture file that can be decoded, turned as EXIF says; its pixels are not read."""
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) or (H, W) uint8 -> the same with height and width, bilinear."""
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
