@@ -133,9 +133,9 @@ def region_lines(rows: Mapping[str, Row]) -> list[str]:
         if regions := row["regions"]:
             text = (
                 f"{regions['hit']} of {regions['true']} true ones hit, {regions['false']} of {regions['found']} found "
+                f"ones false ({regions['false_per_picture']:.2f} a picture); above the pixel threshold "
+                f"{row['decisions']['pixel']:.3f}, of {regions['min_area']} pixels or more"
             )
-            text += f"ones false ({regions['false_per_picture']:.2f} a picture); above the pixel threshold "
-            text += f"{row['decisions']['pixel']:.3f}, of {regions['min_area']} pixels or more"
         else:
             text = "not counted: defects without masks" if row["images"] else "not counted: no test pictures"
         lines.append(f"regions of {printable(name)}: {text}")
