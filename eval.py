@@ -1,11 +1,12 @@
 """Evaluate: python eval.py -cfg ./configs/resnet18.yaml --data ./data -cat all --exp_dir exp"""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import list_categories, load_category, load_ground_truth
-from deploy.common.cli import UserError, report_error, run_main, share, warn
+from deploy.common.cli import UserError, add_min_area, report_error, run_main, share, warn
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import PictureReader
 from utils.config import Config
@@ -40,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     add_cuda(parser)
     parser.add_argument("--is_last", action="store_true", help="the last checkpoint instead of the best one")
     parser.add_argument("--all_metrics", action="store_true", help="print all figures, not only the AUROCs")
+    add_min_area(parser, "the config's")
     parser.add_argument("--save_maps", action="store_true", help="write what the figures are made of to maps.npz")
     parser.add_argument(
         "--sensitivity", action="store_true", help="count which defects, drawn on held-out good pictures, are found"
@@ -87,7 +89,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
     from utils.checkpoint import epoch_of, load_model, selection_of, white_level_of
-    from utils.evaluation import Scores, measure_all, measure_defects, score_images
+    from utils.evaluation import Scores, measure_all, measure_defects, measure_regions, score_images
     from utils.features import CacheBudget, FeatureCache
 
     # ---- everything is read and computed before anything is written
@@ -130,6 +132,8 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     defects = measure_defects(scores, truth, category.test, config, thresholds.image)
     stored = kept or thresholds  # what predict.py and export go on with
     measured = measure_sensitivity(model, held_out, unseen.image, stored, rate, read) if args.sensitivity else None
+    min_area = config.min_area if args.min_area is None else args.min_area
+    regions = measure_regions(scores, truth, category.test, replace(thresholds, min_area=min_area))
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
@@ -181,6 +185,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
             **decisions,
         },
         "defects": defects,
+        "regions": regions and {"min_area": min_area, **regions},
         "sensitivity": sensitivity and short_form(sensitivity),
     }
     decided = {"false_alarm_rate": rate, **outcome(stored, scores, truth)}

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from datasets.mvtec import list_categories, load_category, load_ground_truth, read_batches
 from deploy.common.cli import UserError
 from deploy.common.imaging import preprocess, read_rgb
-from deploy.infer import read_description
+from deploy.description import read_description
 from deploy.service.app import Limits, create_app
 from models.fastflow import FastFlow
 from tests import torch_files

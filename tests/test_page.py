@@ -50,7 +50,8 @@ def server(exported):
 
 
 RED = {"category": "red", "input_size": [60, 60], "mean": [0.0] * 3, "std": [1.0] * 3}
-RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6}
+RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6, "white_level": None}
+RED |= {"threshold_rule": "published", "pixel_threshold_rule": "published", "min_area": 0}
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,27 @@ def test_the_outline_parts_what_is_above_the_pixel_threshold(red_page, tmp_path)
     height, width = pixels.shape[:2]
     np.testing.assert_allclose(middles(pixels)[0], (255, 0, 0), atol=2)  # the slider fades the colours, not the line
     assert pixels[height // 4, width // 2 - 3 : width // 2 + 3].min(axis=1).max() > 180  # white
+
+
+def test_the_boxes_of_regions_can_be_shown_and_say_their_numbers(red_page, tmp_path):
+    save_turned(RED_QUARTER, tmp_path / "red.jpg", 6)
+    shown = scored(red_page, tmp_path / "red.jpg")
+    box = shown.locator("rect")
+    expect(box).to_have_count(1)
+    expect(box).to_be_hidden()
+    red_page.get_by_role("checkbox", name="Boxes").check()
+    expect(box).to_be_visible()
+    sides = shown.locator(".picture").bounding_box(), box.bounding_box()
+    for name, share in (("x", 0), ("y", 0), ("width", 0.5), ("height", 0.5)):
+        start = sides[0][name] if name in "xy" else 0
+        whole = sides[0]["width" if name in ("x", "width") else "height"]
+        assert (sides[1][name] - start) / whole == pytest.approx(share, abs=0.03)
+    title = box.locator("title")
+    assert re.fullmatch(r"1: score 0.99\d, mean 0.9\d\d; 6\d × 4\d at 0, 0; area 2\d{3} pixels", title.text_content())
+    red_page.get_by_role("button", name="中文").click()
+    assert title.text_content().startswith("1：分数 0.99")
+    box.click(position={"x": 5, "y": 5})  # as the picture below it
+    expect(red_page.locator("#large rect")).to_be_visible()
 
 
 def test_an_anomaly_without_a_pixel_above_the_threshold_says_so(red_page, tmp_path):

@@ -45,6 +45,9 @@ def served(run=brightness_model, places=64, **description):
         "white_level": None,
         "image_score": "max",
         "top_share": None,
+        "threshold_rule": "published",
+        "pixel_threshold_rule": "published",
+        "min_area": 0,
         "image_threshold": 0.5,
         "pixel_threshold": 0.6,
         **description,
@@ -79,6 +82,8 @@ def test_a_form_is_scored(client):
         "anomalous_share": 1.0,
         "size": [30, 40],
         "orientation": 1,
+        "min_area": 0,
+        "regions": [{"box": [0, 0, 40, 30], "area": 1200, "centre": [19.5, 14.5], "highest": 0.75, "mean": 0.75}],
         "map": None,
         "batch_size": 1,
     }
@@ -113,6 +118,25 @@ def test_the_map_is_a_picture_of_the_models_size(client):
     assert grey.shape == (16, 8)
     np.testing.assert_array_equal(grey, np.repeat([[0, 191]], 4, axis=1).repeat(16, axis=0))
     assert said["anomalous_share"] == 0.5
+    assert [region["box"] for region in said["regions"]] == [[22, 0, 18, 30]]  # 0.6 of the 0.75
+    assert post(client, file.getvalue(), min_area="541").json()["regions"] == []
+
+
+def test_the_map_comes_at_the_pictures_size_and_as_bytes(client):
+    half = np.zeros((30, 40, 3), np.uint8)
+    half[:, 20:] = 255
+    file = io.BytesIO()
+    Image.fromarray(half).save(file, "PNG")
+    said = post(client, file.getvalue(), map="true", map_size="original").json()
+    content = base64.b64decode(said["map"])
+    grey = np.asarray(Image.open(io.BytesIO(content)))
+    assert grey.shape == (30, 40)
+    assert (grey[:, :17] == 0).all() and (grey[:, 23:] == 191).all()
+    upload = {"image": ("picture.png", file.getvalue())}
+    answer = client.post(PREDICT, files=upload, data={"map_size": "original"}, headers={"Accept": "image/png"})
+    assert (answer.status_code, answer.headers["Content-Type"], answer.content) == (200, "image/png", content)
+    assert (float(answer.headers["X-Score"]), answer.headers["X-Label"]) == (0.75, "Anomaly")
+    assert post(client, file.getvalue(), map_size="huge").status_code == 422
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
@@ -373,8 +397,8 @@ def test_the_end_closes_the_queues():
 
 
 def test_metrics_count_requests_errors_and_times(client):
-    for _ in range(3):
-        post(client, picture_file())
+    for shade in (0, 255, 255):
+        post(client, picture_file(shade))
     post(client, b"no picture")
     post(client, picture_file(), path="/v1/models/made-up:predict")
     answer = client.get("/metrics")
@@ -387,6 +411,12 @@ def test_metrics_count_requests_errors_and_times(client):
     assert float(figures['fastflow_request_seconds_bucket{le="10.0",model="bottle"}']) == 4
     assert float(figures['fastflow_batch_size_count{model="bottle"}']) == 3
     assert float(figures['fastflow_pictures_in_progress{model="bottle"}']) == 0
+    assert float(figures['fastflow_anomalies_total{model="bottle"}']) == 2
+    assert float(figures['fastflow_score_sum{model="bottle"}']) == 1.5
+    buckets = {
+        le: float(figures[f'fastflow_score_bucket{{le="{le}",model="bottle"}}']) for le in ("0.05", "0.7", "0.75")
+    }
+    assert buckets == {"0.05": 1, "0.7": 1, "0.75": 3}
     assert float(figures["process_resident_memory_bytes"]) > 0
     assert "made-up" not in answer.text
 
@@ -406,7 +436,7 @@ def test_the_description_names_what_the_service_takes_and_answers(client):
     described = client.get("/openapi.json").json()
     post = described["paths"]["/v1/models/{name}:predict"]["post"]
     form = post["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert set(form["properties"]) == {"image", "image_threshold", "pixel_threshold", "map"}
+    assert set(form["properties"]) == {"image", "image_threshold", "pixel_threshold", "min_area", "map", "map_size"}
     assert set(post["requestBody"]["content"]["application/json"]["schema"]["properties"]) == set(form["properties"])
     assert set(post["responses"]) == {"200", "400", "403", "404", "408", "413", "415", "422", "503"}
     assert {"/v1/models", "/health/live", "/health/ready", "/metrics"} <= set(described["paths"])
@@ -436,7 +466,7 @@ def test_its_scores_are_those_of_infer(server, exported):
     command += ["--image_path", ROOT / "images/bottle_*.png"]
     *printed, _ = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()  # the sum
     with httpx2.Client(base_url=server.url) as client:
-        for path, line in zip(pictures, printed[:-1], strict=True):  # the last counts the anomalies
+        for path, line in zip(pictures, printed, strict=True):
             for name in ("bottle", "second"):
                 said = post(client, path.read_bytes(), path.name, f"/v1/models/{name}:predict").json()
                 assert line.endswith(f"{said['label']} - score:  {said['score']:.3f}")

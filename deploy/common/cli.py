@@ -32,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: str | None = None) -> None:
-    """Add --image_path, a list of one or more, both thresholds and --save_json.
+    """Add --image_path, a list of one or more, both thresholds, --min_area, and what to write beside the drawings.
 
     Args:
         parser: of a command that scores pictures.
@@ -45,7 +45,25 @@ def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: s
     )
     for name, what in (("image", "a picture is an anomaly above it"), ("pixel", "a pixel is in the mask above it")):
         parser.add_argument(f"--{name}_threshold", type=finite_float, help=f"{what} ({thresholds})")
+    add_min_area(parser, thresholds)
     parser.add_argument("--save_json", metavar="FILE", help="write the results here, a line of JSON per picture")
+    parser.add_argument(
+        "--save_maps",
+        choices=("png", "npy", "tiff"),
+        help="write the anomaly maps, as large as the pictures, to maps/ in the folder of the drawings; png: 16 bit, "
+        "0 to 65535 for 0 to 1; npy, tiff: float32",
+    )
+    parser.add_argument("--save_masks", action="store_true", help="write the regions to masks/ there: PNG, 0 and 255")
+
+
+def add_min_area(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --min_area; `default` tells what holds where it is left out."""
+    parser.add_argument(
+        "--min_area",
+        type=non_negative_int,
+        metavar="PIXELS",
+        help=f"regions above the pixel threshold of fewer pixels of the picture are left out ({default})",
+    )
 
 
 def boolean(text: str) -> bool:

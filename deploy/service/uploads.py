@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -51,7 +51,13 @@ class Options(BaseModel):
 
     image_threshold: Share = Field(None, description="the picture is an anomaly above it; by default the model's own")
     pixel_threshold: Share = Field(None, description="a pixel is anomalous above it; by default the model's own")
+    min_area: int | None = Field(
+        None, ge=0, description="regions of fewer pixels of the picture are left out; by default the model's own"
+    )
     map: bool = Field(False, description="true: answer the anomaly map too")
+    map_size: Literal["model", "original"] = Field(
+        "model", description="of the map: the model's input size, or original: that of the picture, upright"
+    )
 
 
 class JsonRequest(Options):

@@ -83,6 +83,10 @@ function setOpacity() {
   document.documentElement.style.setProperty("--heat", percent / 100);
 }
 
+function setBoxes() {
+  document.documentElement.classList.toggle("boxes", element("boxes").checked);
+}
+
 // ---- pictures
 
 async function add(found, remark = () => "") {
@@ -123,8 +127,8 @@ async function predict(file, model) {
       const answer = await fetch(`v1/models/${encodeURIComponent(model)}:predict`, { method: "POST", body: form });
       const said = await answer.json().catch(() => ({})); // what stands between the two may answer in another form
       if (answer.ok && said.size) {
-        const { score, orientation, map: png } = said;
-        return { score, orientation, png, ratio: said.size[1] / said.size[0], milliseconds: said.time_ms.total };
+        const { score, orientation, map: png, size, regions } = said;
+        return { score, orientation, png, size, regions, ratio: size[1] / size[0], milliseconds: said.time_ms.total };
       }
       if (answer.status !== 503 || attempt === ATTEMPTS) return { status: answer.status, detail: said.detail };
       const seconds = Number(answer.headers.get("Retry-After")) || 1;
@@ -155,6 +159,7 @@ element("model").addEventListener("change", showModel);
 element("threshold").addEventListener("input", () => setThreshold(() => element("threshold").valueAsNumber));
 element("reset").addEventListener("click", () => setThreshold((model) => model.image_threshold));
 element("opacity").addEventListener("input", setOpacity);
+element("boxes").addEventListener("change", setBoxes);
 element("language").addEventListener("click", () => {
   language = language === "zh" ? "en" : "zh";
   remembered((storage) => storage.setItem("language", language));
@@ -214,5 +219,6 @@ element("large").addEventListener("close", () => {
 
 for (const bar of document.querySelectorAll(".colours")) drawLegend(bar);
 setOpacity();
+setBoxes(); // as the browser remembers it
 translate();
 const loaded = loadModels();

@@ -90,6 +90,22 @@ function drawMap(picture, map, threshold, side) {
   drawing.querySelector("path").setAttribute("d", outline(map, threshold));
 }
 
+// The boxes of regions over their map, `group` of its SVG; `size` is the height and width of the picture, in whose pixels
+// they are. Hovering over one shows what `tell` makes of its number and itself.
+function drawRegions(group, map, [height, width], regions, tell) {
+  const boxes = regions.map((region, i) => {
+    const [rect, title] = ["rect", "title"].map((kind) => document.createElementNS(group.namespaceURI, kind));
+    const scales = { x: map.width / width, y: map.height / height };
+    const [x, y, wide, high] = region.box;
+    const places = { x: x * scales.x, y: y * scales.y, width: wide * scales.x, height: high * scales.y };
+    for (const [name, place] of Object.entries(places)) rect.setAttribute(name, place);
+    title.textContent = tell(i + 1, region);
+    rect.append(title);
+    return rect;
+  });
+  group.replaceChildren(...boxes);
+}
+
 // A bar with the colours from left to right.
 function drawLegend(bar) {
   bar.style.background = `linear-gradient(to right, ${PLASMA.map((rgb) => `rgb(${rgb})`)})`;

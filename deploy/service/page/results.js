@@ -21,7 +21,7 @@ function newResult({ file, name }, model) {
     show(result);
   };
   image.src = result.url;
-  card.querySelector(".enlarge").addEventListener("click", () => enlarge(result));
+  card.querySelector(".picture").addEventListener("click", () => enlarge(result)); // its button's too
   return result;
 }
 
@@ -94,13 +94,14 @@ function remark(result) {
 
 // Of the space and the turn of a picture: its size and its orientation are the server's words, whatever the browser
 // makes of the file. Until they come it is the browser that turns it.
-function showPicture(place, { ratio, orientation, noPreview, map }) {
+function showPicture(place, { ratio, orientation, noPreview, map, size, regions }) {
   const picture = place.querySelector(".picture");
   if (ratio) picture.style.setProperty("--ratio", ratio);
   if (orientation) picture.dataset.orientation = orientation;
   else delete picture.dataset.orientation;
   picture.classList.toggle("no-preview", Boolean(noPreview));
   picture.classList.toggle("no-map", !map);
+  if (map) drawRegions(picture.querySelector("g"), map, size, regions, text.region);
 }
 
 // Sorts and filters, and counts. Only what is out of place is moved: what is moved loses the focus.

@@ -27,6 +27,10 @@ const TEXTS = {
     reset: "Reset",
     resetThreshold: "Reset threshold",
     opacity: "Heat map",
+    boxes: "Boxes",
+    region: (number, { box: [x, y, width, height], area, highest, mean }) =>
+      `${number}: score ${highest.toFixed(3)}, mean ${mean.toFixed(3)}; ${width} × ${height} at ${x}, ${y}; ` +
+      `area ${area} pixels`,
     colours: "Colours",
     legend: "Coloured and outlined: pixels whose score is above the model's pixel threshold.",
     results: "Results",
@@ -95,6 +99,10 @@ const TEXTS = {
     reset: "还原",
     resetThreshold: "还原阈值",
     opacity: "热力图",
+    boxes: "方框",
+    region: (number, { box: [x, y, width, height], area, highest, mean }) =>
+      `${number}：分数 ${highest.toFixed(3)}，平均 ${mean.toFixed(3)}；${width} × ${height}，位于 ${x}, ${y}；` +
+      `面积 ${area} 像素`,
     colours: "颜色",
     legend: "分数超过模型像素阈值的像素着色并描出轮廓。",
     results: "结果",
