@@ -19,7 +19,7 @@ from deploy import backends
 from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, prepare_runtime
 from deploy.common.cli import UserError
 from deploy.common.imaging import label, list_images, preprocess, read_rgb
-from deploy.infer import read_description
+from deploy.description import read_description
 from models.export_form import InferenceForm
 from models.fastflow import FastFlow, per_location_score
 from models.offline_start import calibrated_start
