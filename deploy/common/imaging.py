@@ -52,7 +52,9 @@ def _files_at(path: str) -> list[Path]:
         if path and Path(path).is_dir():
             found = [file for file in Path(path).iterdir() if is_image(file)]
             if not found:
-                raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)})")
+                below = any(file.is_dir() for file in Path(path).iterdir())
+                advice = f"; for its subfolders: '{os.path.join(path, '**', '*.png')}' or the like" * below
+                raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)}){advice}")
         elif path and Path(path).exists():
             return [Path(path)]
         else:
