@@ -96,7 +96,7 @@ def _history(checkpoint: dict[str, Any]) -> list[EpochRow]:
     for number, row in enumerate(rows, start=1):
         measured = (row.image_auroc, row.pixel_auroc, row.selection, row.val_loss)
         values = [row.loss, row.lr, row.seconds, *(value for value in measured if value is not None)]
-        counted = row.steps is None or (type(row.steps) is int and row.steps >= number)
+        counted = row.steps is None or (type(row.steps) is int and row.steps >= 0)
         sound = type(row.epoch) is int and row.epoch == number and counted
         if not sound or not all(type(value) is float for value in values):
             raise ValueError(f"its history is damaged at epoch {number}")
