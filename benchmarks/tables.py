@@ -29,6 +29,8 @@ SPEED = (
     ("step/backbone/32", "training step, batch 32, with the backbone"),
     ("epoch", "first epoch with evaluation, 209 + 83 pictures"),
     ("later epoch", "each later epoch"),
+    ("model", "200 pictures, from the command to the exported model, each by its own recipe"),
+    ("model/steps", "the same, anomalib in as many steps as ours"),
     ("evaluation/83", "evaluation of 83 maps of 256x256, model excluded"),
     ("latency", "latency of one picture"),
     ("throughput/8", "throughput, batch 8"),
