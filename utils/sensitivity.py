@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from models.fastflow import FastFlow  # imports paddle, which scripts must set up before
 
 FILE_NAME = "sensitivity.json"
-SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64)  # pixels of the model's input
+SIZES = (2, 4, 8, 12, 16, 24, 32, 64)  # pixels of the model's input
 CONTRASTS = (0.1, 0.2, 0.4)
 CLEAR = 0.2  # the line is about this contrast and more, and names the others faint
-DRAWINGS = 3  # of each size, contrast and kind; all of them are 324 passes through the model
+DRAWINGS = 3  # of each size, contrast and kind; all of them are 288 pictures to score
 PICTURES = 48  # at most, that are drawn on
 PROMISED = "promised"  # what the false alarm rate is where the threshold's rule gives it
 ENOUGH = 0.9  # the share that the line is about: 9 of 10
