@@ -58,8 +58,8 @@ DRAWN = (
 )
 INTERVALS = (
     f"Intervals: of {DRAWS} test sets drawn from this one with replacement, good and defect pictures apart, each as "
-    f"large as it; figures of pixels from {BINS} bins of the score. Where no picture is on the wrong side this shows no "
-    "spread. An interval tells what chance does, not what other parts, light or cameras do."
+    f"large as it; figures of pixels from {BINS} bins of the score. Where no picture is on the wrong side they show "
+    "no spread. An interval tells what chance does, not what other parts, light or cameras do."
 )
 
 
