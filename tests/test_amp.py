@@ -191,6 +191,7 @@ def test_an_infinite_gradient_of_any_process_changes_nothing_but_the_scale(small
     assert all(np.isfinite(value).all() for value in after.values())
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_logged_and_leave_the_scale_at_1(small, monkeypatch):
     class Features:
         def __len__(self):
@@ -212,6 +213,7 @@ def test_skipped_steps_are_logged_and_leave_the_scale_at_1(small, monkeypatch):
     assert "skipped" not in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_scale_rises_and_is_resumed_from_the_checkpoint(auto_cast, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "mixed_precision", lambda: ("float16", "float16"))
     monkeypatch.setattr(loss_scale, "RISE_AFTER", 3)

@@ -143,6 +143,7 @@ def test_a_decoder_that_dies_costs_one_picture_and_between_pictures_none():
     with_decoders(PATIENT, use)
 
 
+@pytest.mark.slow
 def test_what_the_default_limits_let_pass_fits_into_the_memory_of_a_decoder():
     async def use(decoders):
         for mode, file_format in (("RGBA", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("RGBA", "WEBP")):
@@ -402,6 +403,7 @@ def head(length):
     return f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
 
 
+@pytest.mark.slow
 def test_slow_pictures_whose_clients_hang_up_keep_nobody_and_the_end_waiting(exported):
     body = json.dumps({"image": base64.b64encode(SLOW).decode()}).encode()
     with Process("--models", exported, "--max_pixels", 400_000_000, "--upload_seconds", 3) as process:
@@ -419,6 +421,7 @@ def test_slow_pictures_whose_clients_hang_up_keep_nobody_and_the_end_waiting(exp
             assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
 def test_the_bombs_cost_the_process_nothing(exported):
     with Process("--models", exported) as process:
         honest = Honest(process.url)
@@ -440,6 +443,7 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
     [b"GET / HTTP/1.1\r\nHost: x\r\n", head(MB).encode(), head(MB).encode() + bytes(1000)],
@@ -459,6 +463,7 @@ def test_three_hundred_connections_that_wait_keep_nobody_out(exported, few_files
         assert process.end() == (0, "")
 
 
+@pytest.mark.slow
 def test_headers_have_a_deadline(exported):
     with Process("--models", exported) as process, connected(process.url, b"GET / HTTP/1.1\r\n") as connection:
         begun = time.monotonic()
@@ -466,6 +471,7 @@ def test_headers_have_a_deadline(exported):
         assert 8 < time.monotonic() - begun < 15
 
 
+@pytest.mark.slow
 def test_those_who_ask_for_files_and_do_not_read_keep_nobody_out(exported, few_files):
     ask = b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
     options = ("--models", exported, "--upload_seconds", 2)
@@ -485,6 +491,7 @@ exec env -i "$@"
 """
 
 
+@pytest.mark.slow
 def test_it_runs_without_home_on_a_disk_that_cannot_be_written_to(exported):
     before = ["unshare", "--map-root-user", "--mount", "sh", "-c", READ_ONLY, "-"]
     if subprocess.run([*before, "true"], capture_output=True).returncode:

@@ -82,6 +82,7 @@ def test_the_registry_holds_them():
     assert list(BACKBONES) == list(CHANNELS)
 
 
+@pytest.mark.slow
 def test_channels_and_sizes_come_from_the_backbone(trained):
     sizes = [(64 // scale, 96 // scale) for scale in SCALES[trained.name]]
     expected = [(c, *size) for c, size in zip(CHANNELS[trained.name], sizes, strict=True)]
@@ -94,6 +95,7 @@ def test_channels_and_sizes_come_from_the_backbone(trained):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESNETS)
 def test_names_and_shapes_of_the_weights_are_paddles(name):
     whole = getattr(vision, name)(pretrained=False).state_dict()

@@ -148,6 +148,7 @@ def test_every_form_of_the_model_is_exported_exactly(change):
         np.testing.assert_allclose(exported_flow(0.1 * x).numpy(), score.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_program_holds_nothing_of_training(exported):
     if (exported / "model" / OLD_PROGRAM).exists():
         pytest.skip(f"Paddle {paddle.__version__} writes a program that is no JSON")
@@ -204,6 +205,7 @@ def topped(model, tmp_path_factory):
     return other, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_on_the_mean_of_the_largest_values(topped, backend):
     model, folder = topped
@@ -439,6 +441,7 @@ def pdmodel(exported):
     return export_old(exported, "old", "--format", "pdmodel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_mkldnn", [True, False])
 def test_an_export_for_older_runtimes_agrees_too(model, exported, pdmodel, use_mkldnn):
     files = {"inference.pdmodel", "inference.pdiparams"}
@@ -457,6 +460,7 @@ def test_infer_reads_an_export_for_older_runtimes(exported, pdmodel):
     assert infer(exported, *options, pdmodel).stdout == infer(exported, *options, "model").stdout != ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PADDLE_2, reason="Paddle 2 has no such flag, and writes that form by itself")
 def test_the_flag_of_paddle_asks_for_the_older_form_too(exported, pdmodel):
     other = export_old(exported, "by flag", FLAGS_enable_pir_api="0")
@@ -513,6 +517,7 @@ def test_infer_needs_only_deploy_the_export_and_its_runtime(exported, backend, t
     assert "threads: 1" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "blocked", "said"),
     [
@@ -534,6 +539,7 @@ def test_a_package_that_is_not_installed_is_one_line(exported, tmp_path, script,
     assert said in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawing", [(), ("--output_dir", "large drawings")])
 def test_full_size_pictures_of_a_batch_are_not_kept(exported, tmp_path, drawing):
     for i in range(8):
@@ -587,6 +593,7 @@ def test_a_picture_that_cannot_be_written_costs_no_result(exported, tmp_path):
     assert set(lines[1]) == {"path", "score", "label", "threshold", "pixel_threshold", "size", "regions", "error"}
 
 
+@pytest.mark.slow
 def test_what_ends_it_half_way_costs_no_result_before(exported, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy, deploy.common.imaging as i\nread = i.decode\n"
     code += "def stop(path):\n    if path.name == '005.png': raise KeyboardInterrupt\n    return read(path)\n"
@@ -723,6 +730,7 @@ def test_bf16_is_not_for_programs_of_the_older_form(pdmodel):
         load_exported(pdmodel, "paddle", Options(precision="bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infer_runs_where_there_is_nothing_of_linux(exported, backend):
     """Simulated: tests/other_systems.py hides what Windows lacks."""
@@ -737,6 +745,7 @@ def test_infer_runs_where_there_is_nothing_of_linux(exported, backend):
     assert len((exported / f"{backend}.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_the_service_runs_where_there_is_nothing_of_linux(exported, tmp_path):
     system, script = ROOT / "tests/other_systems.py", ROOT / "deploy/serve.py"
     code = f"import runpy, sys\nsys.argv[:1] = [{str(system)!r}, {str(script)!r}]\n"
@@ -748,6 +757,7 @@ def test_the_service_runs_where_there_is_nothing_of_linux(exported, tmp_path):
         assert process.end() == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_service_answers_as_infer_does(exported, backend):
     options = ["--backend", backend, "--cpu_threads", 1]

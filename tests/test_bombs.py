@@ -293,6 +293,7 @@ def test_two_thousand_damaged_files_are_pictures_or_one_line():
     assert 400 < read_well < 1600  # the damage is neither too light nor too heavy to tell anything
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_what_a_file_costs():
     said, seconds, memory = cost(jpeg_of_scans(20, 2000), Limits())
     assert said == "decoded"

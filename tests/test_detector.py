@@ -35,6 +35,7 @@ def same(result, other):
     assert [region.box for region in result.regions] == [region.box for region in other.regions]
 
 
+@pytest.mark.slow
 def test_it_takes_files_arrays_and_pictures_of_pillows(detector):
     result = detector(BAD)
     assert result.path == str(BAD) and result.size == Image.open(BAD).size[::-1]
@@ -147,6 +148,7 @@ def exported_all(tmp_path_factory, exported):
     return target
 
 
+@pytest.mark.slow
 @needs_converter("openvino")
 def test_every_runtime_finds_the_same_regions(exported_all):
     pictures = sorted((ROOT / "lite_data/bottle/test").glob("*/*.png"))

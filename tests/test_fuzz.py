@@ -133,6 +133,7 @@ def test_a_checkpoint_of_any_bytes(tmp_path, data):
     attempt(load_checkpoint, tmp_path / "last.pdparams")
 
 
+@pytest.mark.slow
 @settings(bounded, max_examples=60)
 @given(data=st.data())
 def test_a_checkpoint_of_any_content(tmp_path, training, data):

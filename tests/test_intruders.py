@@ -46,6 +46,7 @@ def proto(*instructions):
     return b"\x80\x04" + b"".join(instructions) + b"."
 
 
+@pytest.mark.slow
 def test_lists_that_hold_each_other_twice_do_not_fill_the_memory(tmp_path):
     value = []
     for _ in range(60):
@@ -75,10 +76,12 @@ def test_a_text_in_many_places_does_not_fill_the_memory_of_who_prints_it(tmp_pat
         refused_pickle(tmp_path, pickle.dumps(value, protocol=4), "texts of more than 10000000 characters")
 
 
+@pytest.mark.slow
 def test_objects_that_take_more_memory_than_their_bytes_are_not_piled_up(tmp_path):
     refused_pickle(tmp_path, proto(b"}" * 30_000_000), "more than 3000000 instructions")
 
 
+@pytest.mark.slow
 def test_a_history_of_100000_epochs_is_read(tmp_path):
     row = {"epoch": 1, "loss": 0.5, "lr": 0.5, "image_auroc": 0.5, "pixel_auroc": 0.5, "selection": 0.5}
     history = [row | {"seconds": 0.5, "val_loss": 0.5} for _ in range(100_000)]

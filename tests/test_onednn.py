@@ -225,6 +225,7 @@ def test_memory_goes_with_the_flow(config, random):
     assert resident() - before < 60
 
 
+@pytest.mark.slow
 @needs_onednn
 def test_training_gives_the_same_losses(config, random, without_onednn):
     config = dataclasses.replace(config, input_size=64, pretrained="offline")
@@ -276,6 +277,7 @@ def test_backbone_agrees(backbone, random, shape):
     assert_features_agree(features(backbone, images), backbone._plain(images))
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet18"])
 @pytest.mark.parametrize("scales", [None, [4, 8, 16, 32]])

@@ -286,6 +286,7 @@ def test_a_slow_upload_gives_up_its_place():
     model.batcher.close()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_files_are_never_the_servers_fault(client):
     """Single bytes of real files changed, at random but the same each time: each is answered 200 or 422."""

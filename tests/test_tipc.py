@@ -24,7 +24,10 @@ PREPARE = "test_tipc/prepare.sh"
 OUR_CONFIG = "test_tipc/configs/fastflow/train_infer_python.txt"
 LITE = "lite_train_lite_infer"
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC scripts need bash")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("bash") is None, reason="the TIPC scripts need bash"),
+]
 
 FAKE_PYTHON = f"""#!{sys.executable} -SE
 import json, os, signal, sys, time
@@ -779,7 +782,6 @@ def run_real(root, exported, chain, mode, changes, **environment):
     )
 
 
-@pytest.mark.slow
 def test_the_published_lines_for_real(tmp_path, exported):
     """Line 3 names a python of another machine, line 5 is --cuda:True and line 30 --model_dir:, as published."""
     changes = {3: "python:python3.7", 6: "--epochs:1", 17: "eval:eval.py -cat bottle --data ./lite_data" + SMALL}
@@ -791,7 +793,6 @@ def test_the_published_lines_for_real(tmp_path, exported):
     assert "--cuda=True" in results[0] and "--cuda=True" in results[1] and "--model_dir=" in results[3]
 
 
-@pytest.mark.slow
 @needs_converter("onnxruntime")
 def test_paddle2onnx_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "paddle2onnx_infer_python", "whole_infer", {})
@@ -799,7 +800,6 @@ def test_paddle2onnx_for_real(tmp_path, exported):
     assert "26 pictures agree" in done.stdout
 
 
-@pytest.mark.slow
 def test_serving_for_real(tmp_path, exported):
     # One epoch of so small a model tells good from bad at no picture for sure.
     unlabelled = {39: "null:null", 40: "null:null"}
@@ -808,7 +808,6 @@ def test_serving_for_real(tmp_path, exported):
     assert "26 pictures agree" in done.stdout and "Run successfully with command - " in done.stdout
 
 
-@pytest.mark.slow
 @needs_converter()
 def test_ptq_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_ptq_infer_python", "whole_infer", {})
@@ -819,14 +818,12 @@ def test_ptq_for_real(tmp_path, exported):
 TRAINING_ONLY = {6: "--epochs:1", 22: "norm_export:null", 27: "inference:null"}
 
 
-@pytest.mark.slow
 def test_amp_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_amp_infer_python", LITE, TRAINING_ONLY)
     assert "mixed precision: " in done.stdout
     assert done.returncode == (3 if "compute in float32" in done.stdout else 0), done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_fleet_for_real(tmp_path, exported):
     done = run_real(tmp_path, exported, "train_fleet_infer_python", LITE, TRAINING_ONLY)
     assert done.returncode == 0, done.stdout + done.stderr
