@@ -18,7 +18,7 @@ runtime.import_paddle()  # before any test module imports paddle
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """`-n auto`: a worker for each core and one more, for many tests wait; no more than there are files that take long."""
+    """`-n auto`: a worker for each core and one more, for many tests wait; 8 at most, for so few files take long."""
     return min(runtime.available_cores() + 1, 8)
 
 
