@@ -119,7 +119,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     scores = score(paths)
     figures = measure_all(scores, truth)
     calibration = None
-    unseen = score(held_out)
+    unseen = score(held_out) if held_out else None
     if rule == "quantile":
         calibration = calibrate_quantile(
             category.good_folders[0].path, unseen, args.false_alarm_rate or FALSE_ALARM_RATE
@@ -188,7 +188,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         "regions": regions and {"min_area": min_area, **regions},
         "sensitivity": sensitivity and short_form(sensitivity),
     }
-    decided = {"false_alarm_rate": rate, **outcome(stored, scores, truth)}
+    decided = {"false_alarm_rate": rate, **(outcome(kept, scores, truth) if kept else decisions)}
     write_report(folder, row, category, checkpoint, config.as_dict(), scores, truth, stored, decided, sensitivity, read)
     return row
 

@@ -211,7 +211,7 @@ def _group(name: str, taken_for: str, files: Sequence[Seen]) -> Group:
 
 
 def _find_white(report: Report, trained: Sequence[Seen], pictures: Sequence[Seen], given: int | None) -> None:
-    deep = [one for one in trained if one.highest or "16 bit" in one.mode]
+    deep = [one for one in trained if "16 bit" in one.mode]
     if not deep:
         report.white_level = given
         return

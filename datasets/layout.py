@@ -177,16 +177,15 @@ def match_masks(ground_truth: Path, folders: Iterable[Folder]) -> dict[Path, tup
 def _by_picture_name(folder: Path, masks: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     """Masks by the key of the picture that they may belong to, the most telling name first."""
     named: dict[str, tuple[Path, ...]] = {}
-    together: dict[str, tuple[Path, ...]] = {}  # of those in a folder of their picture's name
+    together: dict[str, list[Path]] = {}  # of those in a folder of their picture's name
     places = [(mask, _key(mask.relative_to(folder).with_suffix(""))) for mask in masks]
     for mask, key in places:
         if (shorter := MASK_ENDING.sub("", key)) != key:
             named.setdefault(shorter, (mask,))
     for mask, key in places:
         named.setdefault(key, (mask,))
-        parent = key.rpartition("/")[0]
-        together[parent] = (*together.get(parent, ()), mask)
-    return {**together, **named}
+        together.setdefault(key.rpartition("/")[0], []).append(mask)
+    return {parent: tuple(masks) for parent, masks in together.items()} | named
 
 
 def _key(place: Path) -> str:

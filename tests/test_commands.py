@@ -626,7 +626,9 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
     assert workplace.result("untested")["images"] == 0
     assert done.stderr == "warning: bottle: has no test pictures, so there is no AUROC\n"
     done = workplace.evaluate("untested", "--data", tmp_path)
-    assert "--threshold_rule quantile" in done.stderr.splitlines()[0]
+    rule, lacking = done.stderr.splitlines()
+    assert "--threshold_rule quantile" in rule
+    assert lacking == "warning: bottle: has no test pictures, so there is no AUROC"
 
 
 def test_what_can_be_found_is_said_at_the_end_of_a_training_and_on_demand(workplace):

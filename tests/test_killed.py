@@ -156,7 +156,7 @@ def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_p
     chance = random.Random("training")
     killed = 0
     last = tmp_path / FOLDER / "last.pdparams"
-    while killed < 12:
+    while killed < 20:
         finished = last.exists() and load_checkpoint(last)["epoch"] == len(expected)
         resume = [] if finished else ["--resume"]  # a finished training would leave nothing to kill
         seconds = chance.uniform(0, to_start + 2 * an_epoch)
