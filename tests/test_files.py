@@ -226,6 +226,14 @@ def test_a_folder_that_is_held_is_held_until_its_process_ends(tmp_path):
 # ---- put_aside
 
 
+def test_who_holds_a_folder_removes_what_killed_processes_had_begun(tmp_path):
+    for name in (".last.part.pdparams", ".history.part.csv", ".notes", "history.csv"):
+        (tmp_path / name).touch()
+    with alone(tmp_path / ".curves.part.png"):  # another process is writing it
+        hold_folder(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {".curves.part.png", ".notes", "history.csv", ".lock"}
+
+
 def test_what_is_put_aside_is_kept_whole_and_the_new_folder_is_held(system, tmp_path):
     folder = tmp_path / "part"
     (folder / "predictions").mkdir(parents=True)

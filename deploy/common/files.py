@@ -45,7 +45,7 @@ def hold_folder(folder: Path) -> Callable[[], None]:
     """Keep other processes that call this out of the folder until this one ends, be it by kill -9.
 
     The folder's file `.lock` says which process it is; an orderly end removes it. Where the file system cannot lock
-    (some network ones), nobody is kept out.
+    (some network ones), nobody is kept out. What killed processes had begun to write there is removed.
 
     Returns:
         what lets go of it, which the end of the process calls.
@@ -63,6 +63,9 @@ def hold_folder(folder: Path) -> Callable[[], None]:
         raise UserError(f"{folder}: process {owner} is at work there; wait for its end or choose another") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    for unfinished in folder.glob(_unfinished("*", ".*")):
+        with contextlib.suppress(OSError):  # another process is writing it, or may remove it alone
+            _remove_locked(unfinished, _open_locked(unfinished, wait=False))
     return atexit.register(functools.partial(_remove_locked, path, handle))
 
 
@@ -104,13 +107,14 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """Let `write(temporary_name)` make the file, rename it to `path`; a power cut after it does not take it away.
 
     The temporary name keeps the suffix of `path`, so that writers that choose a format by it work. If `write` fails,
-    `path` is as it was before. What a killed process leaves is a hidden file that the next writing of `path` takes.
+    `path` is as it was before. What a killed process leaves is a hidden file that the next writing of `path` takes, or
+    the next process that holds the folder removes.
 
     Raises:
         UserError: the disk is full, the folder is not writable.
     """
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    temporary = path.with_name(_unfinished(path.stem, path.suffix))
     lock = temporary if fcntl else path.with_name(f".{path.name}.lock")  # Windows renames nothing that is open
     try:
         with alone(lock):
@@ -177,6 +181,11 @@ def regular_file(path: Path) -> Path:
 def sha256(path: Path) -> str:
     """Of the file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _unfinished(stem: str, suffix: str) -> str:
+    """The name of a file while it is being written."""
+    return f".{stem}.part{suffix}"
 
 
 def _open_locked(path: Path, wait: bool) -> int:
