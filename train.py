@@ -7,12 +7,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
+from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
 
 from deploy.common.cli import UserError, interval, positive_int, run_main, warn
@@ -27,8 +28,8 @@ from utils.sensitivity import measure_sensitivity, write_sensitivity
 from utils.thresholds import FALSE_ALARM_RATE, calibrate_quantile
 
 if TYPE_CHECKING:
-    from datasets.mvtec import GroundTruth
-    from utils.features import CacheBudget
+    from datasets.mvtec import Category, GroundTruth
+    from utils.features import CacheBudget, FeatureCache
     from utils.training import Training  # imports paddle, which scripts must set up before
 
 
@@ -62,13 +63,9 @@ def main() -> None:
     config = prepare(args, **options, amp=args.amp or None)
 
     import paddle  # this and what imports it: only after prepare() has set the runtime up
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from datasets.check import check
-    from datasets.mvtec import hold_out, load_category, load_ground_truth
     from models.fastflow import FastFlow
     from utils import distributed
-    from utils.checkpoint import save_checkpoint
     from utils.evaluation import Evaluation
     from utils.features import CacheBudget, FeatureCache
     from utils.training import Training
@@ -76,26 +73,14 @@ def main() -> None:
 
     begun = time.monotonic()
     distributed.join()
-    # ---- data, model, features: what is wrong with them shows here, before anything is written
-    category = load_category(Path(args.data), args.category)
-    found: list[str] = []
-
-    def white_level() -> tuple[int | None]:
-        report = check(category, config.holdout, config.white_level)
-        report.stop_at_errors()
-        found.extend(report.lines())
-        return (report.white_level,)
-
-    config = replace(config, white_level=distributed.from_first(white_level)[0])
-    train_pictures, held_out = hold_out(category.train, config.holdout, config.seed)
-    truth = load_ground_truth(category.test, config.size, config.mask_rule)
-    check_rules(config, category.name, truth)
-    read = PictureReader(config.white_level)
+    # What is wrong with data, model or features shows here, before anything is written.
+    config, pictures = look_through(args, config)
+    name = pictures.category.name
     paddle.seed(config.seed)
-    training = Training(FastFlow(config), config, [category.name_of(path) for path in held_out])
-    training.learnt_from = category.digest_of(train_pictures)
+    training = Training(FastFlow(config), config, [pictures.category.name_of(path) for path in pictures.held_out])
+    training.learnt_from = pictures.category.digest_of(pictures.train)
     extractor = training.model.feature_extractor
-    folder = make_folder(category_folder(args.exp_dir, category.name))
+    folder = make_folder(category_folder(args.exp_dir, name))
     let_go = hold_folder(folder) if distributed.is_first() else None
     last = folder / "last.pdparams"
     # The first process decides for all: where another has no such file, it must not start while they go on.
@@ -104,62 +89,33 @@ def main() -> None:
         if resumed:
             training.resume(last)
         else:
-            training.backbone = load_backbone(extractor, config, args.backbone_weights, train_pictures)
+            training.backbone = load_backbone(extractor, config, args.backbone_weights, pictures.train)
         distributed.train_together(training.model)
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-        features = FeatureCache(extractor, train_pictures, config.size, budget, "training pictures", read)
+        features = FeatureCache(extractor, pictures.train, config.size, budget, "training pictures", pictures.read)
         evaluate = aside = None
         if distributed.is_first():  # which alone evaluates and writes
-            evaluate = Evaluation(training, [image.path for image in category.test], truth, held_out, budget, read)
+            test = [image.path for image in pictures.category.test]
+            evaluate = Evaluation(training, test, pictures.truth, pictures.held_out, budget, pictures.read)
             if args.verbose:
                 print(f"features kept in: {features.place} (train), {evaluate.place} (test)", file=sys.stderr)
             if not resumed and (last.exists() or (folder / "best.pdparams").exists()):
                 aside = put_aside(folder, let_go)
 
-        # ---- training
         logger = make_logger(folder / "train.log", silent=not distributed.is_first())
-
-        def say(line: str) -> None:
-            logger.info(f"{category.name}  {line}")
-
-        for line in found:
-            say(line)
-        say(f"{len(train_pictures)} training, {len(held_out)} held-out and {len(category.test)} test pictures")
-        last_epoch = training.last_epoch(len(features))
-        introduce(training, last_epoch, say)
+        say = partial(tell, logger, name)
+        introduce(training, pictures, training.last_epoch(len(features)), say)
         if aside:
             say(f"the training that was here is kept in {aside}")
         if args.resume and not resumed:
             say(f"no {last} to go on from: starting at epoch 1")
-        if resumed and distributed.is_first():
-            follow_last(folder, config, training.history)
-        epochs = range(len(training.history) + 1, last_epoch + 1)
-        done, total = training.steps(len(features))
-        with logging_redirect_tqdm([logger]), time_bar(done, total, at_most=may_stop(config)) as bar:
-            for epoch in epochs:
-                if waited_for(training.history) >= config.patience:
-                    say(f"no new best for {config.patience} epochs: stop")
-                    break
-                bar.set_description_str(f"{category.name}  epoch {epoch}/{last_epoch}")
-                distributed.meet()  # the first process comes later: it also fills more caches, writes the checkpoints
-                started = time.perf_counter()
-                loss = training.epoch(features, say, bar.update)
-                measured = (None, None, None)
-                if is_evaluated(epoch, last_epoch, config):
-                    measured = distributed.from_first(evaluate)
-                    if category.test:
-                        logger.info(evaluation_line(*measured[:2]))
-                training.record(loss, *measured, time.perf_counter() - started)
-                if distributed.is_first():
-                    save_checkpoint(last, training.content())
-                    follow_last(folder, config, training.history)
-                    say(epoch_line(training.history))
+        train_epochs(training, pictures, features, evaluate, folder, logger)
         if distributed.is_first():
-            draw_curves(folder / "curves.png", training.history, category.name)
+            draw_curves(folder / "curves.png", training.history, name)
         say(f"checkpoints, history.csv and curves.png are in {folder}")
-        if distributed.is_first() and held_out:
-            foretell(config, folder / "best.pdparams", held_out, budget, read, say)
-        conclude(training.history, category.name, args.exp_dir, time.monotonic() - begun, logger.info)
+        if distributed.is_first() and pictures.held_out:
+            foretell(config, folder / "best.pdparams", pictures, budget, say)
+        conclude(training.history, name, args.exp_dir, time.monotonic() - begun, logger.info)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -175,6 +131,44 @@ def check_options(args: argparse.Namespace) -> None:
             "--backbone_weights: the checkpoint that --resume goes on from holds the backbone; leave it out, or name "
             "the file in FASTFLOW_BACKBONE_WEIGHTS, which counts only where there is no checkpoint yet"
         )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a training learns from and is measured on."""
+
+    category: "Category"
+    train: list[Path]  # good ones
+    held_out: list[Path]  # good ones that it does not see
+    truth: "GroundTruth"  # of the category's test pictures
+    read: PictureReader
+    notes: list[str]  # what a user should know of them
+
+
+def look_through(args: argparse.Namespace, config: Config) -> tuple[Config, Pictures]:
+    """The pictures that the options name, and the config with the white level that was found in them.
+
+    Raises:
+        UserError: they cannot be trained on, or not by the rules of the config.
+    """
+    from datasets.check import check
+    from datasets.mvtec import hold_out, load_category, load_ground_truth
+    from utils import distributed
+
+    category = load_category(Path(args.data), args.category)
+    notes: list[str] = []
+
+    def white_level() -> tuple[int | None]:
+        report = check(category, config.holdout, config.white_level)
+        report.stop_at_errors()
+        notes.extend(report.lines())
+        return (report.white_level,)
+
+    config = replace(config, white_level=distributed.from_first(white_level)[0])
+    train, held_out = hold_out(category.train, config.holdout, config.seed)
+    truth = load_ground_truth(category.test, config.size, config.mask_rule)
+    check_rules(config, category.name, truth)
+    return config, Pictures(category, train, held_out, truth, PictureReader(config.white_level), notes)
 
 
 def check_rules(config: Config, name: str, truth: "GroundTruth") -> None:
@@ -196,11 +190,20 @@ def check_rules(config: Config, name: str, truth: "GroundTruth") -> None:
         )
 
 
-def introduce(training: "Training", last_epoch: int, say: Callable[[str], None]) -> None:
-    """Say what is trained and how, up to which epoch."""
+def tell(logger: Logger, name: str, line: str) -> None:
+    """Log a line that begins with the category's name."""
+    logger.info(f"{name}  {line}")
+
+
+def introduce(training: "Training", pictures: Pictures, last_epoch: int, say: Callable[[str], None]) -> None:
+    """Say what is trained, on what and how, up to which epoch."""
     from utils import distributed
 
     config = training.config
+    for line in pictures.notes:
+        say(line)
+    counts = len(pictures.train), len(pictures.held_out), len(pictures.category.test)
+    say("{} training, {} held-out and {} test pictures".format(*counts))
     say(f"backbone weights: {describe_backbone(training.backbone)}")
     say(
         f"global batch {config.batch_size} over {distributed.processes()} process(es), "
@@ -218,6 +221,56 @@ def introduce(training: "Training", last_epoch: int, say: Callable[[str], None])
         if not may_stop(config):
             rule = f"trains all {last_epoch} epochs"
         say(f"{rule}; press Ctrl-C and go on with --resume")
+
+
+def train_epochs(
+    training: "Training",
+    pictures: Pictures,
+    features: "FeatureCache",
+    evaluate: Callable[[], tuple[float | None, float | None, float | None]] | None,
+    folder: Path,
+    logger: Logger,
+) -> None:
+    """Train to the last epoch, or until no new best was found for long enough; each epoch leaves its checkpoint.
+
+    Args:
+        training: which may have epochs behind it.
+        pictures: of the category.
+        features: of those to learn from.
+        evaluate: gives image AUROC, pixel AUROC and the held-out loss; None in all processes but the first.
+        folder: of the category.
+        logger: of its train.log.
+    """
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from utils import distributed
+    from utils.checkpoint import save_checkpoint
+
+    config, name = training.config, pictures.category.name
+    say = partial(tell, logger, name)
+    if training.history and distributed.is_first():  # what ended it may have come between two files
+        follow_last(folder, config, training.history)
+    last_epoch = training.last_epoch(len(features))
+    done, total = training.steps(len(features))
+    with logging_redirect_tqdm([logger]), time_bar(done, total, at_most=may_stop(config)) as bar:
+        for epoch in range(len(training.history) + 1, last_epoch + 1):
+            if waited_for(training.history) >= config.patience:
+                say(f"no new best for {config.patience} epochs: stop")
+                break
+            bar.set_description_str(f"{name}  epoch {epoch}/{last_epoch}")
+            distributed.meet()  # the first process comes later: it also fills more caches, writes the checkpoints
+            started = time.perf_counter()
+            loss = training.epoch(features, say, bar.update)
+            measured = (None, None, None)
+            if is_evaluated(epoch, last_epoch, config):
+                measured = distributed.from_first(evaluate)
+                if pictures.category.test:
+                    logger.info(evaluation_line(*measured[:2]))
+            training.record(loss, *measured, time.perf_counter() - started)
+            if distributed.is_first():
+                save_checkpoint(folder / "last.pdparams", training.content())
+                follow_last(folder, config, training.history)
+                say(epoch_line(training.history))
 
 
 @contextlib.contextmanager
@@ -259,28 +312,21 @@ def command_again(resume: bool) -> str:
     return shlex.join([*words, *["--resume"] * resume])
 
 
-def foretell(
-    config: Config,
-    path: Path,
-    held_out: Sequence[Path],
-    budget: "CacheBudget",
-    read: Callable[[Path], np.ndarray],
-    say: Callable[[str], None],
-) -> None:
+def foretell(config: Config, path: Path, pictures: Pictures, budget: "CacheBudget", say: Callable[[str], None]) -> None:
     """Say which drawn defects are found on the held-out pictures, at the threshold that they promise by `quantile`.
 
     Args:
         config: of the training.
         path: its best checkpoint, beside which sensitivity.json and sensitivity.png are written.
-        held_out: good pictures that it did not see.
+        pictures: some of them held out.
         budget: for their features.
-        read: gives a picture, (h, w, 3) uint8 RGB.
         say: takes a line of the log.
     """
     from utils.checkpoint import load_model
     from utils.evaluation import score_images
     from utils.features import FeatureCache
 
+    held_out, read = pictures.held_out, pictures.read
     try:
         model, _ = load_model(config, path)
         features = FeatureCache(model.feature_extractor, held_out, config.size, budget, "held-out pictures", read)

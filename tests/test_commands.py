@@ -258,7 +258,8 @@ def test_the_first_lines_say_when_it_stops(config, changes, line):
     model = SimpleNamespace(trainable_parameters=lambda: 1000)
     said = []
     training = SimpleNamespace(config=dataclasses.replace(config, **changes), backbone=UNSTATED, model=model)
-    train.introduce(training, 40, said.append)
+    pictures = SimpleNamespace(notes=[], train=[], held_out=[], category=SimpleNamespace(test=[]))
+    train.introduce(training, pictures, 40, said.append)
     assert said[-1] == line
 
 

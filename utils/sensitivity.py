@@ -6,11 +6,12 @@ Sizes are multiples of a pixel of the model's input; one such pixel is sqrt(h w 
 Pictures that are above the threshold without a defect are left out, so that what is found is found by the defect.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from datasets.drawn_defects import KINDS, draw_defect
 from deploy.common.cli import UserError, warn
 from deploy.common.decisions import Thresholds
 from deploy.common.files import regular_file, sha256, write_text
-from deploy.common.imaging import normalise, resize
+from deploy.common.imaging import normalise, resize, upright_size
 from utils.plots import blank_figure, write_figure
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ PROMISED = "promised"  # what the false alarm rate is where the threshold's rule
 ENOUGH = 0.9  # the share that the line is about: 9 of 10
 BATCH = 8  # pictures a pass
 EXAMPLE = (16, 0.4)  # size and contrast of those that are shown
+Case = tuple[int, float, str]  # size, contrast, kind
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Sensitivity:
 
     content: dict[str, Any]
     examples: dict[str, np.ndarray]
+
+
+class Drawing(NamedTuple):
+    """A picture with a drawn defect, as small as the model takes it: at full size many would fill the memory."""
+
+    case: int  # which one
+    input: np.ndarray  # (H, W, 3) uint8
+    detail: np.ndarray  # the defect, (h, w, 3) uint8
 
 
 def measure_sensitivity(
@@ -85,37 +95,21 @@ def measure_sensitivity(
         for _ in range(min(DRAWINGS, len(usable)))
     ]
     chosen = [usable[i] for i in rng.permutation(len(usable))[:PICTURES]]
-    shares = np.array_split(rng.permutation(len(cases)), len(chosen))
     found: list[bool | None] = [None] * len(cases)  # None: it could not be drawn
-    lengths, examples, waiting = [], {}, []
-
-    def score_waiting() -> None:
-        if waiting:
-            results = _scores(model, np.stack([picture for _, picture in waiting]))
-            for (index, _), score in zip(waiting, results, strict=True):
-                found[index] = bool(score > thresholds.image)
-            waiting.clear()
-
-    other = read(chosen[-1])
+    examples: dict[str, np.ndarray] = {}
+    drawn = _drawings(rng, chosen, cases, config.size, read)
     with tqdm(total=len(cases), desc="drawn defects", unit="image", disable=None, leave=False) as bar:
-        for path, share in zip(chosen, shares, strict=True):
-            picture = read(path)
-            lengths.append(picture.shape[:2])
-            pixel = _pixel(picture.shape[:2], config.size)
-            for index in share:
-                size, contrast, kind = cases[index]
-                drawing = draw_defect(rng, picture, other, kind, max(size * pixel, 1), contrast)
-                if drawing:
-                    waiting.append((index, resize(drawing[0], *config.size)))
-                    if (size, contrast) == EXAMPLE or kind not in examples:
-                        examples[kind] = _detail(*drawing)
-                if len(waiting) == BATCH:
-                    score_waiting()
-                bar.update()
-            other = picture
-        score_waiting()
-    height, width = (round(float(length)) for length in np.median(lengths, axis=0))
+        while batch := list(itertools.islice(drawn, BATCH)):
+            results = _scores(model, np.stack([drawing.input for drawing in batch]))
+            for drawing, score in zip(batch, results, strict=True):
+                found[drawing.case] = bool(score > thresholds.image)
+                kind = cases[drawing.case][2]
+                if cases[drawing.case][:2] == EXAMPLE or kind not in examples:
+                    examples[kind] = drawing.detail
+            bar.update(len(batch))
+    height, width = (round(float(length)) for length in np.median([upright_size(path) for path in chosen], axis=0))
     counted = [(case, hit) for case, hit in zip(cases, found, strict=True) if hit is not None]
+    by_size = _by_size(counted, (height, width), config.size)
     content = {
         "drawn_defects": len(counted),
         "held_out_pictures": len(held_out),
@@ -127,24 +121,51 @@ def measure_sensitivity(
         "false_alarm_rate": 1 - len(usable) / len(held_out) if false_alarm_rate is None else false_alarm_rate,
         "rate_is": "measured on the held-out pictures" if false_alarm_rate is None else PROMISED,
         "seed": config.seed,
-        "by_size": [
-            {
-                "input_px": size,
-                "picture_px": max(size * _pixel((height, width), config.size), 1),
-                **_count(counted, lambda case, size=size: case[0] == size),
-                "by_contrast": {
-                    str(contrast): _count(counted, lambda case, one=(size, contrast): case[:2] == one)
-                    for contrast in CONTRASTS
-                },
-                "by_kind": {kind: _count(counted, lambda case, one=(size, kind): case[::2] == one) for kind in KINDS},
-            }
-            for size in SIZES
-        ],
+        "by_size": by_size,
+        "found_from_px": found_from(by_size, [c for c in CONTRASTS if c >= CLEAR]),
+        "faint_found_from_px": found_from(by_size, [c for c in CONTRASTS if c < CLEAR]),
     }
-    content["found_from_px"] = found_from(content["by_size"], [c for c in CONTRASTS if c >= CLEAR])
-    content["faint_found_from_px"] = found_from(content["by_size"], [c for c in CONTRASTS if c < CLEAR])
-    content["line"] = sensitivity_line(content)
-    return Sensitivity(content, examples)
+    return Sensitivity({**content, "line": sensitivity_line(content)}, examples)
+
+
+def _drawings(
+    rng: np.random.Generator,
+    pictures: Sequence[Path],
+    cases: Sequence[Case],
+    size: tuple[int, int],
+    read: Callable[[Path], np.ndarray],
+) -> Iterator[Drawing]:
+    """Draw the cases, an equal share of them on each picture; pieces of another place may be of the one before it."""
+    other = read(pictures[-1])
+    for path, share in zip(pictures, np.array_split(rng.permutation(len(cases)), len(pictures)), strict=True):
+        picture = read(path)
+        pixel = _pixel(picture.shape[:2], size)
+        for index in share:
+            extent, contrast, kind = cases[index]
+            if drawing := draw_defect(rng, picture, other, kind, max(extent * pixel, 1), contrast):
+                yield Drawing(index, resize(drawing[0], *size), _detail(*drawing))
+        other = picture
+
+
+def _by_size(
+    counted: Sequence[tuple[Case, bool]], picture: tuple[int, int], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """How many of each size were drawn and found, in all, by contrast and by kind."""
+    rows = []
+    for extent in SIZES:
+        own = [(case, hit) for case, hit in counted if case[0] == extent]
+        rows.append(
+            {
+                "input_px": extent,
+                "picture_px": max(extent * _pixel(picture, size), 1),
+                **_count(hit for _, hit in own),
+                "by_contrast": {
+                    str(contrast): _count(hit for case, hit in own if case[1] == contrast) for contrast in CONTRASTS
+                },
+                "by_kind": {kind: _count(hit for case, hit in own if case[2] == kind) for kind in KINDS},
+            }
+        )
+    return rows
 
 
 def _scores(model: "FastFlow", pictures: np.ndarray) -> np.ndarray:
@@ -169,9 +190,9 @@ def _detail(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return picture[top : top + 2 * reach + 1, left : left + 2 * reach + 1].copy()
 
 
-def _count(counted: Sequence[tuple[tuple, bool]], holds: Callable[[tuple], bool]) -> dict[str, int]:
-    """How many of the cases were drawn, and found."""
-    hits = [hit for case, hit in counted if holds(case)]
+def _count(hits: Iterable[bool]) -> dict[str, int]:
+    """How many were drawn, and found."""
+    hits = list(hits)
     return {"drawn": len(hits), "found": sum(hits)}
 
 
