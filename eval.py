@@ -9,6 +9,7 @@ from datasets.mvtec import list_categories, load_category, load_ground_truth
 from deploy.common.cli import UserError, add_min_area, report_error, run_main, share, warn
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import PictureReader
+from deploy.common.tiles import kept_part
 from utils.config import Config
 from utils.html_report import write_report
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
@@ -88,9 +89,9 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     Raises:
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
-    from utils.checkpoint import epoch_of, load_model, selection_of, white_level_of
+    from utils.checkpoint import epoch_of, layout_of, load_model, selection_of, white_level_of
     from utils.evaluation import Scores, measure_all, measure_defects, measure_regions, score_images
-    from utils.features import CacheBudget, FeatureCache
+    from utils.features import CacheBudget, FeatureCache, map_size
 
     # ---- everything is read and computed before anything is written
     category = load_category(Path(args.data), name)
@@ -105,7 +106,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         wanted_by = "the threshold rule quantile" if rule == "quantile" else "--sensitivity"
         held_out = held_out_pictures(category, checkpoint, path, wanted_by)
     kept = load_thresholds(path, config) if rule == PUBLISHED_RULE and not args.threshold_rule else None
-    truth = load_ground_truth(category.test, config.size, config.mask_rule)
+    layout = layout_of(checkpoint, config, path)
+    paths = [image.path for image in category.test]
+    size = map_size(layout, paths)
+    truth = load_ground_truth(category.test, size, config.mask_rule, kept_part(layout.roi, size))
     if first:
         print(f"Model A.D. Param#: {model.trainable_parameters()}")
 
@@ -113,9 +117,8 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
 
     def score(pictures: list[Path]) -> Scores:
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-        return score_images(model, FeatureCache(model.feature_extractor, pictures, config.size, budget, name, read))
+        return score_images(model, FeatureCache(model.feature_extractor, pictures, layout, budget, name, read))
 
-    paths = [image.path for image in category.test]
     scores = score(paths)
     figures = measure_all(scores, truth)
     calibration = None
@@ -131,7 +134,9 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     rate = calibration and calibration.false_alarm_rate
     defects = measure_defects(scores, truth, category.test, config, thresholds.image)
     stored = kept or thresholds  # what predict.py and export go on with
-    measured = measure_sensitivity(model, held_out, unseen.image, stored, rate, read) if args.sensitivity else None
+    measured = None
+    if args.sensitivity:
+        measured = measure_sensitivity(model, layout, held_out, unseen.image, stored, rate, read)
     min_area = config.min_area if args.min_area is None else args.min_area
     regions = measure_regions(scores, truth, category.test, replace(thresholds, min_area=min_area))
 

@@ -4,13 +4,17 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from deploy.common.cli import UserError, add_pictures, run_main
 from deploy.common.decisions import PUBLISHED_THRESHOLDS, Result, Results, Thresholds, places_of
-from deploy.common.imaging import PictureReader, list_images, preprocess
+from deploy.common.imaging import PictureReader, list_images, normalise
 from utils.config import Config
 from utils.options import add_category, common_parser, own_overrides, prepare
 from utils.results import category_folder
 from utils.thresholds import FILE_NAME, load_thresholds
+
+TILES = 8  # a pass
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,12 +35,23 @@ def main() -> int:
 
     import paddle
 
-    from utils.checkpoint import load_model, white_level_of
+    from utils.checkpoint import layout_of, load_model, white_level_of
 
     folder = category_folder(args.exp_dir, args.category)
     model, checkpoint = load_model(config, folder / "best.pdparams", own_overrides(args))
     thresholds = choose_thresholds(args, folder / "best.pdparams", model.config)
     read = PictureReader(white_level_of(checkpoint, model.config))
+    layout = layout_of(checkpoint, model.config, folder / "best.pdparams")
+
+    @paddle.no_grad()
+    def look(picture: np.ndarray, path: Path) -> tuple[np.ndarray, float]:
+        """The smoothed map and the score."""
+        prepared = layout.prepare(picture, path)
+        if layout.plain:
+            _, smoothed, score = model(paddle.to_tensor(normalise(prepared[None])))
+            return smoothed.numpy()[0, 0], score.item()
+        return layout.look([prepared], lambda tiles: model.raw_maps(normalise(tiles)), TILES)[0]
+
     single = images == [Path(args.image_path[0])]  # a file, not a folder with one
     output = Path(args.output_dir) if args.output_dir else folder if single else folder / "predictions"
     places = places_of(images, output, args.save_maps, args.save_masks)
@@ -47,13 +62,12 @@ def main() -> int:
         for path in images:
             try:
                 picture = read(path)
+                anomaly_map, score = look(picture, path)
             except UserError as error:
                 results.fail(path, error)
                 continue
-            with paddle.no_grad():
-                _, smoothed, score = model(paddle.to_tensor(preprocess(picture, *model.config.size)))
             size = picture.shape[:2]
-            results.add(path, Result(score.item(), smoothed.numpy()[0, 0], size, thresholds, picture, path))
+            results.add(path, Result(score, anomaly_map, size, thresholds, picture, path, layout.roi))
     if results.errors < len(images):
         print(f"可视化图在{output}下")
     return 2 if results.errors else 0

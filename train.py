@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import shlex
 import shutil
 import sys
@@ -19,6 +20,7 @@ import yaml
 from deploy.common.cli import UserError, interval, positive_int, run_main, warn
 from deploy.common.files import hold_folder, make_folder, put_aside, write_text, write_whole
 from deploy.common.imaging import PictureReader
+from deploy.common.tiles import ROI_FILE, Layout, kept_part, read_roi
 from utils.config import Config
 from utils.history import EpochRow, best_row, draw_curves, epoch_line, is_evaluated, may_stop, waited_for, write_csv
 from utils.log import make_logger, time_bar
@@ -49,6 +51,11 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="ImageNet weights: .pdparams, .npz or .safetensors, or torch's .pth, .pt or .bin",
     )
+    parser.add_argument(
+        "--roi",
+        metavar="FILE",
+        help="picture whose black is neither learnt from nor scored; in place of roi.png beside the category's train",
+    )
     parser.add_argument("--amp", action="store_true", help="mixed precision where it is faster; in eval mode float32")
     parser.add_argument(
         "--resume", action="store_true", help="go on from last.pdparams of the same folder, if it is there"
@@ -67,7 +74,7 @@ def main() -> None:
     from models.fastflow import FastFlow
     from utils import distributed
     from utils.evaluation import Evaluation
-    from utils.features import CacheBudget, FeatureCache
+    from utils.features import CacheBudget
     from utils.training import Training
     from utils.weights import load_backbone
 
@@ -79,6 +86,7 @@ def main() -> None:
     paddle.seed(config.seed)
     training = Training(FastFlow(config), config, [pictures.category.name_of(path) for path in pictures.held_out])
     training.learnt_from = pictures.category.digest_of(pictures.train)
+    training.roi = pictures.layout.roi
     extractor = training.model.feature_extractor
     folder = make_folder(category_folder(args.exp_dir, name))
     let_go = hold_folder(folder) if distributed.is_first() else None
@@ -92,11 +100,13 @@ def main() -> None:
             training.backbone = load_backbone(extractor, config, args.backbone_weights, pictures.train)
         distributed.train_together(training.model)
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-        features = FeatureCache(extractor, pictures.train, config.size, budget, "training pictures", pictures.read)
+        features = training_features(training, pictures, budget)
         evaluate = aside = None
         if distributed.is_first():  # which alone evaluates and writes
             test = [image.path for image in pictures.category.test]
-            evaluate = Evaluation(training, test, pictures.truth, pictures.held_out, budget, pictures.read)
+            evaluate = Evaluation(
+                training, test, pictures.truth, pictures.held_out, pictures.layout, budget, pictures.read
+            )
             if args.verbose:
                 print(f"features kept in: {features.place} (train), {evaluate.place} (test)", file=sys.stderr)
             if not resumed and (last.exists() or (folder / "best.pdparams").exists()):
@@ -104,7 +114,7 @@ def main() -> None:
 
         logger = make_logger(folder / "train.log", silent=not distributed.is_first())
         say = partial(tell, logger, name)
-        introduce(training, pictures, training.last_epoch(len(features)), say)
+        introduce(training, pictures, features, say)
         if aside:
             say(f"the training that was here is kept in {aside}")
         if args.resume and not resumed:
@@ -142,6 +152,7 @@ class Pictures:
     held_out: list[Path]  # good ones that it does not see
     truth: "GroundTruth"  # of the category's test pictures
     read: PictureReader
+    layout: Layout  # what is done with a picture on its way through the model
     notes: list[str]  # what a user should know of them
 
 
@@ -154,6 +165,7 @@ def look_through(args: argparse.Namespace, config: Config) -> tuple[Config, Pict
     from datasets.check import check
     from datasets.mvtec import hold_out, load_category, load_ground_truth
     from utils import distributed
+    from utils.features import map_size
 
     category = load_category(Path(args.data), args.category)
     notes: list[str] = []
@@ -166,9 +178,33 @@ def look_through(args: argparse.Namespace, config: Config) -> tuple[Config, Pict
 
     config = replace(config, white_level=distributed.from_first(white_level)[0])
     train, held_out = hold_out(category.train, config.holdout, config.seed)
-    truth = load_ground_truth(category.test, config.size, config.mask_rule)
+    roi = Path(args.roi) if args.roi else category.folder / ROI_FILE
+    layout = replace(config.layout, roi=read_roi(roi) if args.roi or roi.exists() else None)
+    size = map_size(layout, [image.path for image in category.test])
+    truth = load_ground_truth(category.test, size, config.mask_rule, kept_part(layout.roi, size))
     check_rules(config, category.name, truth)
-    return config, Pictures(category, train, held_out, truth, PictureReader(config.white_level), notes)
+    return config, Pictures(category, train, held_out, truth, PictureReader(config.white_level), layout, notes)
+
+
+def training_features(training: "Training", pictures: Pictures, budget: "CacheBudget") -> "FeatureCache":
+    """Of the pictures to learn from, or of their tiles: of all, or of those that are drawn anew in each epoch.
+
+    A training that goes on stays with what it began with, wherever it does so.
+
+    Raises:
+        UserError: a picture cannot be read, or has not the shape of the region of interest.
+    """
+    from utils import distributed
+    from utils.features import FeatureCache, must_draw
+
+    config, layout, extractor = training.config, pictures.layout, training.model.feature_extractor
+    if layout.tile and config.tiles_per_epoch and training.draws_tiles is None:
+        items = math.inf if config.steps is None else config.steps * config.batch_size
+        (training.draws_tiles,) = distributed.from_first(
+            lambda: (must_draw(extractor, pictures.train, layout, budget, items),)
+        )
+    drawn = config.tiles_per_epoch if training.draws_tiles else None
+    return FeatureCache(extractor, pictures.train, layout, budget, "training pictures", pictures.read, drawn)
 
 
 def check_rules(config: Config, name: str, truth: "GroundTruth") -> None:
@@ -195,15 +231,20 @@ def tell(logger: Logger, name: str, line: str) -> None:
     logger.info(f"{name}  {line}")
 
 
-def introduce(training: "Training", pictures: Pictures, last_epoch: int, say: Callable[[str], None]) -> None:
+def introduce(training: "Training", pictures: Pictures, features: "FeatureCache", say: Callable[[str], None]) -> None:
     """Say what is trained, on what and how, up to which epoch."""
     from utils import distributed
 
-    config = training.config
+    config, layout, last_epoch = training.config, pictures.layout, training.last_epoch(len(features))
     for line in pictures.notes:
         say(line)
     counts = len(pictures.train), len(pictures.held_out), len(pictures.category.test)
     say("{} training, {} held-out and {} test pictures".format(*counts))
+    if layout.tile:
+        places = "at random places" if training.draws_tiles else "all there are"
+        say(f"tiles of {layout.tile[1]}x{layout.tile[0]} pixels: {len(features)} an epoch, {places}")
+    if layout.roi is not None:
+        say(f"region of interest: {layout.roi.mean():.0%} of a picture")
     say(f"backbone weights: {describe_backbone(training.backbone)}")
     say(
         f"global batch {config.batch_size} over {distributed.processes()} process(es), "
@@ -326,14 +367,14 @@ def foretell(config: Config, path: Path, pictures: Pictures, budget: "CacheBudge
     from utils.evaluation import score_images
     from utils.features import FeatureCache
 
-    held_out, read = pictures.held_out, pictures.read
+    held_out, layout, read = pictures.held_out, pictures.layout, pictures.read
     try:
         model, _ = load_model(config, path)
-        features = FeatureCache(model.feature_extractor, held_out, config.size, budget, "held-out pictures", read)
+        features = FeatureCache(model.feature_extractor, held_out, layout, budget, "held-out pictures", read)
         scores = score_images(model, features)
         calibration = calibrate_quantile(held_out[0].parent, scores, FALSE_ALARM_RATE)
         thresholds, rate = calibration.thresholds, calibration.false_alarm_rate
-        measured = measure_sensitivity(model, held_out, scores.image, thresholds, rate, read)
+        measured = measure_sensitivity(model, layout, held_out, scores.image, thresholds, rate, read)
         write_sensitivity(measured, path)
     except UserError as error:  # the training is done, and its result stays what it is
         warn(f"no word of what it can find: {error}")

@@ -84,10 +84,16 @@ class GroundTruth:
 
     labels: (N,) bool, whether the picture has a defect.
     masks: (N, H, W) bool, which pixels belong to it; None if some defect picture has no mask, or without pictures.
+    kept: (H, W) bool, the region of interest, outside of which masks are False and no pixel counts; None: all do.
     """
 
     labels: np.ndarray
     masks: np.ndarray | None
+    kept: np.ndarray | None = None
+
+    def counted(self, arrays: np.ndarray) -> np.ndarray:
+        """What counts of (N, H, W): the same, or (N, K) where there is a region of interest."""
+        return arrays if self.kept is None or not len(arrays) else arrays[:, self.kept]
 
 
 def list_categories(data: Path) -> list[str]:
@@ -166,7 +172,9 @@ def hold_out(train: Sequence[Path], share: float, seed: int) -> tuple[list[Path]
     return [p for i, p in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
 
 
-def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule: str) -> GroundTruth:
+def load_ground_truth(
+    test: Sequence[LabelledImage], size: tuple[int, int], rule: str, kept: np.ndarray | None = None
+) -> GroundTruth:
     """Read the masks and turn them into labels per pixel and per picture.
 
     Args:
@@ -176,13 +184,14 @@ def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule
             still exactly 255 count; a picture is anomalous if any pixel is. `half`: pixels of 128 and more count,
             and a picture is anomalous if it lies in a defect's folder. `nonzero`: as `half`, of a mask that was made
             255 wherever it is above 0; where no mask has a value above 3, this is what is done under any rule.
+        kept: (H, W) bool, the pixels that count at this size, see `GroundTruth`; None: all do.
 
     Raises:
         UserError: a mask cannot be read.
     """
     from_folder = np.array([image.defect is not None for image in test], dtype=bool)
     if not test or any(image.defect and not image.masks for image in test):
-        return GroundTruth(from_folder, None)
+        return GroundTruth(from_folder, None, kept)
     lowest = 255 if rule == "published" else 128
     masks = np.zeros((len(test), *size), dtype=bool)
     highest, empty = 0, []
@@ -191,12 +200,14 @@ def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule
             mask = np.maximum.reduce([read_mask(path) for path in image.masks])
             highest = max(highest, int(mask.max()))
             masks[i] = resize(np.uint8(255 * (mask > 0)) if rule == "nonzero" else mask, *size) >= lowest
+            if kept is not None:
+                masks[i] &= kept
             if not masks[i].any():
                 empty.append(image.masks[0])
     if 0 < highest <= LARGEST_INDEX and rule != "nonzero":
         folder = next(image.masks[0].parent for image in test if image.masks)
         warn(f"{folder}: no mask has a value above {highest}; the defect is where it is above 0 (mask_rule: nonzero)")
-        return load_ground_truth(test, size, "nonzero")
+        return load_ground_truth(test, size, "nonzero", kept)
     if empty:
         more = f" and {len(empty) - 1} more" if empty[1:] else ""
         good = ", and their pictures count as good ones" if rule == "published" else ""
@@ -206,7 +217,7 @@ def load_ground_truth(test: Sequence[LabelledImage], size: tuple[int, int], rule
             + (advice if rule != "nonzero" else "")
         )
     labels = masks.any(axis=(1, 2)) if rule == "published" else from_folder
-    return GroundTruth(labels, masks)
+    return GroundTruth(labels, masks, kept)
 
 
 def read_batches(
@@ -222,14 +233,22 @@ def read_batches(
     Raises:
         UserError: a picture cannot be read.
     """
+    for batch in read_ahead(paths, batch_size, lambda path: resize(read(path), *size)):
+        yield np.stack(batch)
 
-    def read_resized(path: Path) -> np.ndarray:
-        return resize(read(path), *size)
 
+def read_ahead(
+    paths: Sequence[Path], batch_size: int, read: Callable[[Path], np.ndarray]
+) -> Iterator[list[np.ndarray]]:
+    """What `read` makes of the files, so many at a time in their order; two more batches are read meanwhile.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
     with ThreadPoolExecutor(READERS) as pool:
-        pending = [pool.submit(read_resized, path) for path in paths[: 2 * batch_size]]
+        pending = [pool.submit(read, path) for path in paths[: 2 * batch_size]]
         for start in range(0, len(paths), batch_size):
             ahead = paths[start + 2 * batch_size : start + 3 * batch_size]
             batch = [future.result() for future in pending[:batch_size]]
-            pending = pending[batch_size:] + [pool.submit(read_resized, path) for path in ahead]
-            yield np.stack(batch)
+            pending = pending[batch_size:] + [pool.submit(read, path) for path in ahead]
+            yield batch

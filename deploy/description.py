@@ -7,6 +7,7 @@ from typing import Any
 from deploy.backends import model_files
 from deploy.common.cli import LARGEST_SIDE, UserError, printable
 from deploy.common.files import sha256
+from deploy.common.tiles import ORIGINAL, OVERLAP, ROI_FILE, SMOOTHING_SIGMA
 
 
 def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
@@ -25,10 +26,15 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     try:
         description = read_yaml(folder / "inference.yml")
         checksums = {name: description["sha256"][name] for name in files}
+        checksums |= {name: digest for name, digest in description["sha256"].items() if name == ROI_FILE}
         description["category"] = str(description["category"])
-        description["input_size"] = height, width = [int(side) for side in description["input_size"]]
-        if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
-            raise ValueError(f"input_size must be from 1 to {LARGEST_SIDE}")
+        description["tile"] = description.get("tile") and _size("tile", description["tile"])
+        if description["input_size"] != ORIGINAL or not description["tile"]:
+            description["input_size"] = _size("input_size", description["input_size"])
+        description["tile_overlap"] = overlap = float(description.get("tile_overlap", OVERLAP))
+        description["smoothing_sigma"] = sigma = float(description.get("smoothing_sigma", SMOOTHING_SIGMA))
+        if not 0 <= overlap < 1 or not 0 < sigma <= LARGEST_SIDE:
+            raise ValueError("tile_overlap must be from 0 to below 1, smoothing_sigma above 0")
         for key, rule in (("image_threshold", "threshold_rule"), ("pixel_threshold", "pixel_threshold_rule")):
             description[key] = float(description[key])
             description[rule] = printable(str(description.get(rule, "not stated")))
@@ -53,6 +59,14 @@ def read_description(folder: Path, backend: str = "paddle") -> dict[str, Any]:
     except (OSError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'inference.yml'}: damaged ({error}); export again") from error
     for name, expected in checksums.items():
-        if sha256(folder / name) != expected:
+        if not (folder / name).is_file() or sha256(folder / name) != expected:
             raise UserError(f"{folder / name}: does not belong to the inference.yml beside it; export again")
     return description
+
+
+def _size(key: str, value: Any) -> list[int]:
+    """Height and width, or a ValueError or TypeError."""
+    height, width = (int(side) for side in value)
+    if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
+        raise ValueError(f"{key} must be from 1 to {LARGEST_SIDE}")
+    return [height, width]

@@ -12,7 +12,8 @@ from PIL import Image
 from deploy.backends import Options, load_exported, prepare_runtime
 from deploy.common.cli import UserError as UserError
 from deploy.common.decisions import Result, Thresholds
-from deploy.common.imaging import PictureReader, drawn_size, preprocess
+from deploy.common.imaging import PictureReader, drawn_size, normalise
+from deploy.common.tiles import Layout
 from deploy.description import read_description
 
 Picture = str | Path | np.ndarray | Image.Image
@@ -22,7 +23,7 @@ Picture = str | Path | np.ndarray | Image.Image
 class Prepared:
     """A picture that was read."""
 
-    item: np.ndarray  # (3, H, W) float32, what the model takes
+    item: np.ndarray  # (3, H, W) float32, what the model takes; of a layout that is not plain what it prepares
     size: tuple[int, int]  # height and width of the picture, upright
     drawn: np.ndarray | None  # what is drawn on, of `drawn_size`: full-size pictures may be large
     path: str | Path | None  # its file, if it is one
@@ -58,7 +59,7 @@ class Detector:
         Args:
             folder: what `deploy/export_model.py` has written.
             backend: paddle, onnxruntime or openvino.
-            batch_size: the most pictures of a list that run together.
+            batch_size: the most pictures of a list that run together, or tiles of a picture, if the model takes tiles.
             image_threshold: a picture is an anomaly above it; None: the model's.
             pixel_threshold: a pixel is marked above it; None: the model's.
             min_area: regions of fewer pixels of the picture are left out; None: the model's.
@@ -68,7 +69,8 @@ class Detector:
             use_mkldnn: paddle on a CPU: oneDNN.
             use_tensorrt: paddle on a GPU: TensorRT.
             winograd: openvino in fp32: faster on a CPU with AVX2 only.
-            usual_batches: numbers of pictures that openvino makes a graph each for; None: 1 and `batch_size`.
+            usual_batches: numbers of pictures that openvino makes a graph each for; None: 1 and `batch_size`. Of tiles
+                it makes one for `batch_size`.
             verbose: say on stderr what the runtime set-up chose.
 
         Raises:
@@ -77,6 +79,9 @@ class Detector:
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.description = read_description(self.folder, backend)
+        self.layout = Layout.of(self.description, self.folder)
+        if self.layout.tile:
+            usual_batches = {batch_size}
         self.options = Options(
             use_gpu=use_gpu,
             threads=prepare_runtime(backend, cpu_threads, verbose),
@@ -103,6 +108,11 @@ class Detector:
         """Name and version of the runtime."""
         return self._model.version
 
+    @property
+    def pictures_at_once(self) -> int:
+        """How many pictures of a list to hold at a time; one that is cut into tiles may be large."""
+        return 1 if self.layout.tile else self.batch_size
+
     @overload
     def __call__(self, pictures: Picture) -> Result: ...
 
@@ -127,7 +137,7 @@ class Detector:
         batch: list[Prepared] = []
         for picture in pictures:
             batch.append(self.prepare(picture))
-            if len(batch) == self.batch_size:
+            if len(batch) == self.pictures_at_once:
                 results += self.decide(batch)
                 batch = []
         return results + self.decide(batch)
@@ -143,9 +153,10 @@ class Detector:
             UserError: it cannot be read.
         """
         rgb = self._read(picture)
-        height, width = self.description["input_size"]
-        item = preprocess(rgb, height, width, self.description["mean"], self.description["std"])[0]
         path = picture if isinstance(picture, str | Path) else None
+        item = self.layout.prepare(rgb, path or "the picture")
+        if self.layout.plain:
+            item = self._normalised(item[None])[0]
         return Prepared(item, rgb.shape[:2], drawn_size(rgb) if drawable else None, path)
 
     def decide(self, batch: Sequence[Prepared]) -> list[Result]:
@@ -157,11 +168,19 @@ class Detector:
         """
         if not batch:
             return []
-        _, smoothed, scores = self.run(np.stack([prepared.item for prepared in batch]))
+        items = [prepared.item for prepared in batch]
+        if self.layout.plain:
+            _, smoothed, scores = self.run(np.stack(items))
+            seen = list(zip(smoothed[:, 0], map(float, scores), strict=True))
+        else:
+            seen = self.layout.look(items, lambda tiles: self.run(self._normalised(tiles))[0][:, 0], self.batch_size)
         return [
-            Result(float(score), own[0], prepared.size, self.thresholds, prepared.drawn, prepared.path)
-            for prepared, own, score in zip(batch, smoothed, scores, strict=True)
+            Result(score, own, prepared.size, self.thresholds, prepared.drawn, prepared.path, self.layout.roi)
+            for prepared, (own, score) in zip(batch, seen, strict=True)
         ]
+
+    def _normalised(self, pictures: np.ndarray) -> np.ndarray:
+        return normalise(pictures, self.description["mean"], self.description["std"])
 
     def run(self, images: np.ndarray) -> list[Any]:
         """What the model itself says, see `deploy.backends.Backend.run`; it waits for its turn.

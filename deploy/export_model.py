@@ -10,7 +10,8 @@ onnx: `inference.onnx`, which carries the content of `inference.yml` as its meta
 all: what paddle and onnx write. A folder holds one program of Paddle's, so pdmodel has an export of its own.
 
 The program takes normalised pictures (B, 3, H, W) float32, any B, and returns the anomaly map (B, 1, H, W), the
-smoothed map (B, 1, H, W) and the image score (B).
+smoothed map (B, 1, H, W) and the image score (B). H and W are those of a tile, where the model takes tiles; what is
+made of their maps, and of `roi.png`, if there is a region of interest, is not in the program (`deploy.common.tiles`).
 """
 
 import argparse
@@ -35,7 +36,8 @@ from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.common.cli import DISK_FULL, UserError, run_main
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.files import flush, hold_folder, make_folder, sha256
-from deploy.common.imaging import MEAN, PUBLISHED_RULE, STD
+from deploy.common.imaging import MEAN, PUBLISHED_RULE, STD, png
+from deploy.common.tiles import ORIGINAL, ROI_FILE
 from utils.options import add_category, common_parser, own_overrides, prepare
 from utils.results import category_folder
 from utils.thresholds import FILE_NAME, load_thresholds
@@ -72,8 +74,7 @@ def main() -> None:
     import paddle
 
     from models.export_form import InferenceForm
-    from models.linear_maps import SMOOTHING_SIGMA
-    from utils.checkpoint import epoch_of, load_model, white_level_of
+    from utils.checkpoint import epoch_of, layout_of, load_model, white_level_of
 
     versions = {"paddle": paddle.__version__}
     to_onnx = args.format in ("onnx", "all")
@@ -83,15 +84,17 @@ def main() -> None:
     model, checkpoint = load_model(config, checkpoint_path, own_overrides(args))
     config = model.config
     thresholds = load_thresholds(checkpoint_path, config) or PUBLISHED_THRESHOLDS
+    layout = layout_of(checkpoint, config, checkpoint_path)
     target = make_folder(Path(args.save_inference_dir))
     description = {
         "category": args.category,
-        "input_size": list(config.size),  # height, width
+        "input_size": list(layout.input_size) if layout.input_size else ORIGINAL,  # height, width
         "resize": "bilinear",  # of deploy.common.imaging.resize, whatever the shape of the picture
         "mean": list(MEAN),
         "std": list(STD),
         "white_level": white_level_of(checkpoint, config),  # of 16-bit pictures; null: none were learnt from
-        "smoothing_sigma": SMOOTHING_SIGMA,
+        "smoothing_sigma": layout.sigma,
+        **({"tile": list(layout.tile), "tile_overlap": layout.overlap} if layout.tile else {}),
         **config.scoring,
         "image_threshold": thresholds.image,
         "pixel_threshold": thresholds.pixel,
@@ -116,6 +119,8 @@ def main() -> None:
         if args.format == "onnx":
             for name in model_files(aside, "paddle"):
                 (aside / name).unlink()
+        if layout.roi is not None:
+            (aside / ROI_FILE).write_bytes(png(layout.roi, 255))
         description["sha256"] = {file.name: sha256(file) for file in sorted(aside.iterdir())}
         (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
         made = sorted(aside.iterdir())
@@ -123,7 +128,8 @@ def main() -> None:
             flush(file)
         for file in made:
             os.replace(file, target / file.name)
-        for name in {OLD_PROGRAM, *(name for names in FILES.values() for name in names)} - {f.name for f in made}:
+        known = {ROI_FILE, OLD_PROGRAM, *(name for names in FILES.values() for name in names)}
+        for name in known - {file.name for file in made}:
             (target / name).unlink(missing_ok=True)  # of an earlier export in another format
         flush(target)
     except OSError as error:

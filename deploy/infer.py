@@ -8,7 +8,7 @@ or all ONNX Runtime or OpenVINO. No training code.
 import argparse
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from deploy.common.cli import (
 )
 
 if TYPE_CHECKING:
+    from deploy.common.decisions import Results
     from deploy.detector import Detector
 
 EXAMPLE = "images/bottle_bad.png"
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         *("--save_inference_dir", "--model_dir"), default="./results/inference", help="exported model (%(default)s)"
     )
     add_runtime(parser)
-    parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures a run (%(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures, or tiles, a run (%(default)s)")
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")
@@ -87,27 +88,38 @@ def score(args: argparse.Namespace) -> int:
     with load(args, sizes if worthwhile else ()) as detector:
         warm_up(detector, args.warmup, sizes)
         with results:
-            for start in range(0, len(paths), args.batch_size):
-                begun = time.perf_counter()
-                batch = []
-                for path in paths[start : start + args.batch_size]:
-                    try:
-                        batch.append(detector.prepare(path, drawable=bool(places)))
-                    except UserError as error:
-                        results.fail(path, error)
-                read = time.perf_counter()
-                decided = detector.decide(batch)
-                run = time.perf_counter()
-                for prepared, result in zip(batch, decided, strict=True):
-                    results.add(prepared.path, result)
-                if batch:
-                    stages = (read - begun, run - read, time.perf_counter() - run)
-                    times += [tuple(seconds / len(batch) for seconds in stages)] * len(batch)
+            for start in range(0, len(paths), detector.pictures_at_once):
+                batch = paths[start : start + detector.pictures_at_once]
+                times += score_together(detector, batch, results, drawable=bool(places))
         if args.benchmark and times:
             print(f"backend: {detector.version}, device: {detector.device}, precision: {args.precision}, ", end="")
             print(f"batch_size: {args.batch_size}, threads: {detector.options.threads}, pictures: {len(times)}")
             print_benchmark(times, detector.device)
     return 2 if results.errors else 0
+
+
+def score_together(
+    detector: "Detector", paths: Sequence[Path], results: "Results", drawable: bool
+) -> list[tuple[float, float, float]]:
+    """Score a few pictures and tell their results; nothing of them is held afterwards.
+
+    Returns:
+        of each one that could be read the seconds that reading, the run and telling took.
+    """
+    begun = time.perf_counter()
+    batch = []
+    for path in paths:
+        try:
+            batch.append(detector.prepare(path, drawable))
+        except UserError as error:
+            results.fail(path, error)
+    read = time.perf_counter()
+    decided = detector.decide(batch)
+    run = time.perf_counter()
+    for prepared, result in zip(batch, decided, strict=True):
+        results.add(prepared.path, result)
+    stages = (read - begun, run - read, time.perf_counter() - run)
+    return [tuple(seconds / len(batch) for seconds in stages)] * len(batch)
 
 
 def watch(args: argparse.Namespace) -> int:
@@ -150,11 +162,11 @@ def load(args: argparse.Namespace, usual_batches: Collection[int]) -> "Detector"
 
 
 def warm_up(detector: "Detector", runs: int, sizes: Collection[int]) -> None:
-    """Run the model so many times on batches of each of these sizes."""
+    """Run the model so many times on batches of each of these sizes; of tiles there are as many as run together."""
     import numpy as np
 
-    for size in runs * list(sizes):
-        detector.run(np.zeros((size, 3, *detector.description["input_size"]), np.float32))
+    for size in runs * ([detector.batch_size] if detector.layout.tile else list(sizes)):
+        detector.run(np.zeros((size, 3, *detector.layout.model_size), np.float32))
 
 
 def print_benchmark(times: Any, device: str) -> None:

@@ -62,8 +62,8 @@ class FolderWatch:
         """
         try:
             for found in self._whole():
-                for start in range(0, len(found), detector.batch_size):
-                    self._score(detector, found[start : start + detector.batch_size])
+                for start in range(0, len(found), detector.pictures_at_once):
+                    self._score(detector, found[start : start + detector.pictures_at_once])
         except KeyboardInterrupt:
             pass  # the lines before it are whole
 

@@ -9,9 +9,10 @@ import paddle
 from paddle import Tensor, nn
 
 from deploy.common.cli import UserError
+from deploy.common.tiles import SMOOTHING_SIGMA
 from models.backbone import build_backbone, feature_shapes
 from models.cpu import flow as cpu_flow
-from models.linear_maps import SMOOTHING_SIGMA, bilinear_matrix, gaussian_matrix
+from models.linear_maps import bilinear_matrix, gaussian_matrix
 
 if TYPE_CHECKING:
     from utils.config import Config
@@ -59,13 +60,16 @@ class FlowStep(nn.Layer):
         # y[:, i] = x[:, permutation[i]]
         self.register_buffer("permutation", paddle.to_tensor(permutation, "int64"), persistable=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> y (B, C, H, W), log-det (B)."""
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> y (B, C, H, W), log-det (B); where places are `kept` (see `FastFlow.latents`) theirs alone.
+
+        The determinant is that of the coupling at each place, so the sum over some places is what these contribute.
+        """
         x1, x2 = paddle.split(x, 2, axis=1)  # (B, C/2, H, W)
-        x2, log_det2 = self._couple(x1, x2)
-        x1, log_det1 = self._couple(x2, x1)
+        x2, log_det2 = self._couple(x1, x2, kept)
+        x1, log_det1 = self._couple(x2, x1, kept)
         y = paddle.concat([x1, x2], axis=1) * self.global_scale + self.global_offset
-        pixels = float(x.shape[2] * x.shape[3])
+        pixels = float(x.shape[2] * x.shape[3]) if kept is None else kept.sum(axis=[1, 2, 3])
         log_det = log_det1 + log_det2 + pixels * paddle.log(self.global_scale).sum()
         return paddle.index_select(y, self.permutation, axis=1), log_det
 
@@ -79,9 +83,9 @@ class FlowStep(nn.Layer):
         x2 = (x2 - t) * paddle.exp(-s)
         return paddle.concat([x1, x2], axis=1)
 
-    def _couple(self, condition: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _couple(self, condition: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         s, t = self._scale_shift(condition)
-        return x * paddle.exp(s) + t, s.sum(axis=[1, 2, 3])
+        return x * paddle.exp(s) + t, (s if kept is None else s * kept).sum(axis=[1, 2, 3])
 
     def _scale_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         a, t = paddle.split(0.1 * self.subnet(condition), 2, axis=1)
@@ -98,14 +102,19 @@ class Flow(nn.Layer):
             permutation = random.permutation(channels)
             self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> z (B, C, H, W), log-det (B); `_plain` says what is computed, `models.cpu` how on a CPU."""
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> z (B, C, H, W), log-det (B); `_plain` says what is computed, `models.cpu` how on a CPU.
+
+        The log-det of places that are `kept` alone is something that `models.cpu` does not know.
+        """
+        if kept is not None:
+            return self._plain(x, kept)
         return cpu_flow.flow(x, self.module_list, self._plain, self.training)
 
-    def _plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _plain(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = 0.0
         for step in self.module_list:
-            x, step_log_det = step(x)
+            x, step_log_det = step(x, kept)
             log_det = log_det + step_log_det
         return x, log_det
 
@@ -125,18 +134,21 @@ class FeatureNorm(nn.BatchNorm2D):
 
     sum_over_processes: Callable[[Sequence[Tensor]], None] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape."""
-        if not self.training or self.sum_over_processes is None:
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> the same shape; in training statistics are of the places `kept`, see `FastFlow.latents`."""
+        if not self.training or (self.sum_over_processes is None and kept is None):
             return nn.BatchNorm2D.forward(self, x)  # Paddle 2.6 cannot export super()
         shape = [1, -1, 1, 1]
+        exchange = self.sum_over_processes or (lambda sums: None)
         with paddle.no_grad():
-            sums = [x.sum(axis=[0, 2, 3]), paddle.full([1], x.size / x.shape[1])]
-            self.sum_over_processes(sums)
+            counted = paddle.ones([1, 1, 1, 1]) if kept is None else kept
+            places = paddle.full([1], x.size / x.shape[1]) if kept is None else kept.sum().reshape([1])
+            sums = [(x * counted).sum(axis=[0, 2, 3]), places]
+            exchange(sums)
             total, count = sums
             mean = total / count  # (C,)
-            squares = paddle.square(x - mean.reshape(shape)).sum(axis=[0, 2, 3])
-            self.sum_over_processes([squares])
+            squares = (paddle.square(x - mean.reshape(shape)) * counted).sum(axis=[0, 2, 3])
+            exchange([squares])
             variance = squares / count
             self._mean.set_value(self._momentum * self._mean + (1 - self._momentum) * mean)
             self._variance.set_value(self._momentum * self._variance + (1 - self._momentum) * variance)
@@ -236,16 +248,21 @@ class FastFlow(nn.Layer):
         """How many numbers training changes."""
         return sum(p.size for p in self.parameters() if not p.stop_gradient)
 
-    def latents(self, features: Sequence[Tensor], noise: Sequence[Tensor] = ()) -> list[tuple[Tensor, Tensor]]:
+    def latents(
+        self, features: Sequence[Tensor], noise: Sequence[Tensor] = (), kept: Sequence[Tensor] = ()
+    ) -> list[tuple[Tensor, Tensor]]:
         """Features (B, C, h, w) of each scale -> (z (B, C, h, w), log-det (B)) of each scale.
 
-        `noise`, if there is any, has their shapes and is added to what the norms make of them.
+        `noise`, if there is any, has their shapes and is added to what the norms make of them. `kept`, if there are
+        any, are (B, 1, h, w) of 1 at the places that are learnt from and 0 elsewhere: statistics of the norms and
+        log-dets are theirs alone.
         """
+        places = kept or [None] * len(features)
         if self.norms:
-            features = [self.norms[i](x) for i, x in enumerate(features)]
+            features = [self.norms[i](x, places[i]) for i, x in enumerate(features)]
         if noise:
             features = [x + n for x, n in zip(features, noise, strict=True)]
-        return [self.nf_flows[i](x) for i, x in enumerate(features)]
+        return [self.nf_flows[i](x, places[i]) for i, x in enumerate(features)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images (B, 3, H, W) -> what `score` returns."""
@@ -253,12 +270,22 @@ class FastFlow(nn.Layer):
 
     def score(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Features -> anomaly map (B, 1, H, W), the same smoothed, image score (B); all in [0, 1]."""
+        anomaly_map = self.anomaly_map(features)
+        smoothed = paddle.clip(self.smooth(anomaly_map), 0, 1)  # of ones it would be a little more, by rounding
+        return anomaly_map, smoothed, image_score(anomaly_map, self.config.score_pixels)
+
+    def anomaly_map(self, features: Sequence[Tensor]) -> Tensor:
+        """Features -> anomaly map (B, 1, H, W) in [0, 1], as it is before it is smoothed."""
         maps = []
         for i, (z, _) in enumerate(self.latents(features)):
             maps.append(self.resize[i](per_location_score(z)))  # (B, 1, H, W)
-        anomaly_map = sum(maps) / len(maps)
-        smoothed = paddle.clip(self.smooth(anomaly_map), 0, 1)  # of ones it would be a little more, by rounding
-        return anomaly_map, smoothed, image_score(anomaly_map, self.config.score_pixels)
+        return sum(maps) / len(maps)
+
+    @paddle.no_grad()
+    def raw_maps(self, images: np.ndarray) -> np.ndarray:
+        """Normalised images (B, 3, H, W) -> their anomaly maps before smoothing, (B, H, W), computed in eval mode."""
+        self.eval()
+        return self.anomaly_map(self.feature_extractor(paddle.to_tensor(images)))[:, 0].numpy()
 
 
 def _hidden(channels: int, ratio: float) -> int:
@@ -291,18 +318,23 @@ def _check_channels(channels: Sequence[int], config: "Config") -> None:
         raise UserError(f"config: hidden_ratio {config.hidden_ratio} leaves no hidden channel")
 
 
-def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def negative_log_likelihood(latents: Sequence[tuple[Tensor, Tensor]], kept: Sequence[Tensor] = ()) -> Tensor:
     """The training loss, a scalar: sum over scales of the mean over the batch of
 
         (0.5 ||z||^2 - log |det dz/dx|) / (C H W)
 
-    which is -log p(x) of a standard normal z per dimension, without the constant 0.5 log(2 pi).
+    which is -log p(x) of a standard normal z per dimension, without the constant 0.5 log(2 pi). Where places are
+    `kept`, as in `FastFlow.latents`, the sums are over these, and their number takes the place of B H W.
     """
     loss = 0.0
-    for z, log_det in latents:
+    for i, (z, log_det) in enumerate(latents):
+        squares = paddle.square(z) * kept[i] if kept else paddle.square(z)
         # An axis at a time: all at once Paddle's CPU kernel adds up float32 numbers one by one, 3e-4 off at batch 32.
-        squares = paddle.square(z).sum(3).sum(2).sum(1).sum()
-        loss = loss + 0.5 * (squares / z.size) - log_det.mean() / math.prod(z.shape[1:])
+        squares = squares.sum(3).sum(2).sum(1).sum()
+        if kept:
+            loss = loss + (0.5 * squares - log_det.sum()) / (z.shape[1] * kept[i].sum())
+        else:
+            loss = loss + 0.5 * (squares / z.size) - log_det.mean() / math.prod(z.shape[1:])
     return loss
 
 

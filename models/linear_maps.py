@@ -6,8 +6,6 @@ in every inference runtime, and are exact where a framework's own operator diffe
 
 import numpy as np
 
-SMOOTHING_SIGMA = 6.0  # pixels of the anomaly map, as published
-
 
 def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     """(size_out, size_in) float32: bilinear interpolation of one axis with align_corners=True."""

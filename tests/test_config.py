@@ -308,7 +308,8 @@ def test_the_listing_has_every_key_and_what_it_takes(config, monkeypatch, capsys
     assert titles.split("  ")[0] == "key"
     assert [line.split()[0] for line in lines] == [name for name, _ in flat(config.as_dict())]
     rows = {line.split()[0]: re.split(r" {2,}", line, maxsplit=1)[1] for line in lines}
-    assert re.match(r"int, list\[int\] +≥ 32, ≤ 4096 +side of", rows["input_size"])
+    assert re.match(r"int, list\[int\], original +≥ 32, ≤ 4096 +side of", rows["input_size"])
+    assert re.match(r"int, list\[int\] +null +≥ 32, ≤ 4096 +side of the square tiles", rows["tile"])
     assert re.match(r"list\[int\] +null +≥ 1 +input size /", rows["scales"])
     assert re.match(r"float +0\.001 +> 0 +learning rate", rows["lr"])
     assert re.match(r"published, half, nonzero +published +mask pixels", rows["mask_rule"])
@@ -349,10 +350,18 @@ def test_every_key_has_a_meaning_in_both_languages():
 
 def test_what_each_key_decides():
     """--resume and a checkpoint's model go by it."""
-    assert set(keys_that_decide("model")) == {*NEEDED, "scales"} - {"momentum"}
+    assert set(keys_that_decide("model")) == {*NEEDED, "scales", "tile"} - {"momentum"}
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
-    others = {"mask_rule", "image_score", "top_share", "selection_weights", "white_level"}
+    others = {
+        "tile_overlap",
+        "tiles_per_epoch",
+        "mask_rule",
+        "image_score",
+        "top_share",
+        "selection_weights",
+        "white_level",
+    }
     assert set(keys_that_decide("training")) == steps | others
 
 

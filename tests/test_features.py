@@ -6,11 +6,12 @@ import numpy as np
 import paddle
 import pytest
 
+from deploy.common.tiles import Layout
 from models.backbone import build_backbone
 from utils.features import CacheBudget, FeatureCache
 
 PATHS = sorted(Path("lite_data/bottle/train/good").glob("*.png"))[:11]
-SIZE = (64, 96)
+LAYOUT = Layout((64, 96))
 FEATURE_BYTES = 4 * 11 * (64 * 16 * 24 + 128 * 8 * 12 + 256 * 4 * 6)
 PICTURE_BYTES = 11 * 64 * 96 * 3
 
@@ -33,10 +34,10 @@ def backbone():
 )
 def test_every_place_gives_the_same_features(backbone, device, memory, disk, place):
     budget = CacheBudget(memory, disk, device)
-    cache = FeatureCache(backbone, PATHS, SIZE, budget, "test")
+    cache = FeatureCache(backbone, PATHS, LAYOUT, budget, "test")
     assert cache.place == place
     assert len(cache) == 11
-    reference = FeatureCache(backbone, PATHS, SIZE, CacheBudget(1e12, 0), "test")
+    reference = FeatureCache(backbone, PATHS, LAYOUT, CacheBudget(1e12, 0), "test")
     indices = np.array([7, 0, 10, 3])
     for actual, expected in zip(cache.batch(indices), reference.batch(indices), strict=True):
         np.testing.assert_allclose(actual.numpy(), expected.numpy(), rtol=1e-4, atol=1e-4)
@@ -48,7 +49,7 @@ def test_every_place_gives_the_same_features(backbone, device, memory, disk, pla
 
 def test_two_caches_share_one_budget(backbone):
     budget = CacheBudget(1.5 * FEATURE_BYTES, 0)
-    places = [FeatureCache(backbone, PATHS, SIZE, budget, "test").place for _ in range(2)]
+    places = [FeatureCache(backbone, PATHS, LAYOUT, budget, "test").place for _ in range(2)]
     assert places == ["memory", "pictures"]
 
 
@@ -56,9 +57,9 @@ def test_a_file_of_features_without_posix_fallocate(backbone, monkeypatch):
     """As on macOS and Windows; with it the file is tested above."""
     monkeypatch.delattr("os.posix_fallocate")
     monkeypatch.setattr("utils.features.BLOCK", 1000)  # the last one is shorter
-    cache = FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test")
+    cache = FeatureCache(backbone, PATHS, LAYOUT, CacheBudget(0, 1e12), "test")
     assert cache.place == "file"
-    reference = FeatureCache(backbone, PATHS, SIZE, CacheBudget(1e12, 0), "test")
+    reference = FeatureCache(backbone, PATHS, LAYOUT, CacheBudget(1e12, 0), "test")
     for actual, expected in zip(cache.batch(np.arange(3)), reference.batch(np.arange(3)), strict=True):
         np.testing.assert_array_equal(actual.numpy(), expected.numpy())
 
@@ -73,7 +74,7 @@ def test_the_disk_that_turns_out_full(backbone, monkeypatch, system):
     else:
         monkeypatch.delattr("os.posix_fallocate")
         monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "wb"))  # noqa: SIM115
-    assert FeatureCache(backbone, PATHS, SIZE, CacheBudget(0, 1e12), "test").place == "nothing"
+    assert FeatureCache(backbone, PATHS, LAYOUT, CacheBudget(0, 1e12), "test").place == "nothing"
 
 
 def test_a_disk_that_is_full_has_no_room(monkeypatch):

@@ -11,6 +11,7 @@ from PIL import Image
 from deploy.common.cli import UserError
 from deploy.common.decisions import Thresholds
 from deploy.common.imaging import read_rgb
+from deploy.common.tiles import Layout
 from utils.sensitivity import (
     SIZES,
     found_from,
@@ -23,6 +24,7 @@ from utils.sensitivity import (
     write_sensitivity,
 )
 
+LAYOUT = Layout((64, 64))
 THRESHOLDS = Thresholds(0.5, 0.5, "quantile", "quantile")
 
 
@@ -54,7 +56,7 @@ def good(tmp_path_factory):
 
 
 def measured(good, area=40, scores=(0.1, 0.2, 0.3), rate=0.05):
-    return measure_sensitivity(Eye(area), good, np.float32(scores), THRESHOLDS, rate, read_rgb)
+    return measure_sensitivity(Eye(area), LAYOUT, good, np.float32(scores), THRESHOLDS, rate, read_rgb)
 
 
 @pytest.fixture(scope="module")
@@ -163,5 +165,5 @@ def test_the_model_is_fed_what_training_is_fed(good):
             assert paddle.max(images).item() < 3
             return super().__call__(images)
 
-    measure_sensitivity(Recording(40), good, np.zeros(3, np.float32), THRESHOLDS, 0.05, read_rgb)
+    measure_sensitivity(Recording(40), LAYOUT, good, np.zeros(3, np.float32), THRESHOLDS, 0.05, read_rgb)
     assert set(shapes) == {(3, 64, 64)}

@@ -36,8 +36,14 @@ class NoFeatures:
     def __len__(self):
         return 22
 
+    def draw(self, state):
+        pass
+
     def batch(self, indices):
         return list(indices)
+
+    def kept(self, indices):
+        return []
 
 
 @pytest.mark.parametrize(

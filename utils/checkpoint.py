@@ -4,13 +4,16 @@
 `epoch`, `model_state_dict` and `optimizer_state_dict`, as published, and beside them what the published files do
 not have: `backbone` (provenance), `config`, `history` (one row per epoch), `held_out` (names of the good training
 pictures that training did not see), `learnt_from` (a digest of the names of those that it did see), `average` (with a
-moving average of the weights, which is then what `model_state_dict` holds: the parameters that training goes on from)
-and `loss_scale` (in float16 training).
+moving average of the weights, which is then what `model_state_dict` holds: the parameters that training goes on from),
+`loss_scale` (in float16 training), `roi` (the bytes of a PNG, where there is a region of interest) and `draws_tiles`
+(whether the places of tiles are drawn anew in each epoch, where there are tiles).
 """
 
+import io
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ import paddle
 
 from deploy.common.cli import UserError
 from deploy.common.files import write_whole
+from deploy.common.imaging import png
+from deploy.common.tiles import Layout, read_roi
 from models.backbone import BACKBONES
 from models.fastflow import FastFlow, FlowStep
 from utils.config import Config, check_known, keys_that_decide, updated
@@ -155,6 +160,37 @@ def white_level_of(checkpoint: dict[str, Any], config: Config) -> int | None:
     return config.white_level or checkpoint.get("config", {}).get("white_level")
 
 
+def stored_roi(roi: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What a checkpoint holds of a region of interest, (h, w) bool: its PNG as (n,) uint8; nothing where there is none.
+
+    See `roi_of`.
+    """
+    return {} if roi is None else {"roi": np.frombuffer(png(roi, 255), np.uint8)}
+
+
+def roi_of(checkpoint: dict[str, Any], path: Path) -> np.ndarray | None:
+    """The region of interest of what `load_checkpoint` has read of `path`, (h, w) bool; None: there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if "roi" not in checkpoint:
+        return None
+    try:
+        return read_roi(path, io.BytesIO(np.asarray(checkpoint["roi"], np.uint8).tobytes()))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not a checkpoint (its roi is not what train.py writes)") from error
+
+
+def layout_of(checkpoint: dict[str, Any], config: Config, path: Path) -> Layout:
+    """What is done with a picture on its way through the model of a checkpoint.
+
+    Raises:
+        UserError: as `roi_of`.
+    """
+    return replace(config.layout, roi=roi_of(checkpoint, path))
+
+
 def selection_of(checkpoint: dict[str, Any], is_last: bool) -> str:
     """How a checkpoint was chosen among the epochs, a key of `utils.results.SELECTIONS`.
 
@@ -224,9 +260,9 @@ def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path
 
 
 def _meaning(key: str, settings: dict[str, Any]) -> Any:
-    """What to compare of a setting: one number as `input_size` is that of a square, no `scales` are the usual ones."""
+    """What to compare of a setting: one number as a size is that of a square, no `scales` are the usual ones."""
     value = settings[key]
-    if key == "input_size" and isinstance(value, int):
+    if key in ("input_size", "tile") and isinstance(value, int):
         return [value, value]
     if key == "scales" and value is None and settings["backbone_name"] in BACKBONES:
         return list(BACKBONES[settings["backbone_name"]].scales)

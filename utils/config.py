@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from deploy.common.cli import LARGEST_SIDE, ArgumentParser, UserError, run_main
 from deploy.common.plain_yaml import parse_yaml, read_yaml
+from deploy.common.tiles import ORIGINAL, OVERLAP, Layout, score_pixels
 
 # Bounds of a number, of a list those of each entry: in a message, in a table, the comparison.
 BOUNDS = {
@@ -63,9 +64,10 @@ class Config:
         "models/backbone.py 中的名字，例如 resnet18",
         decides="model",
     )
-    input_size: int | list[int] = key(
-        "side of the square pictures in pixels; [height, width] for another shape",
-        "正方形图片的边长，像素；其他形状写 [高, 宽]",
+    input_size: int | list[int] | Literal["original"] = key(
+        "side of the square pictures in pixels, to which pictures are resized; [height, width] for another shape; "
+        "original, with `tile`: they are not resized",
+        "图片缩放到的正方形边长，像素；其他形状写 [高, 宽]；original（与 `tile` 合用）：不缩放",
         decides="model",
         least=32,
         most=LARGEST_SIDE,
@@ -108,6 +110,33 @@ class Config:
         None,
         decides="model",
         least=1,
+    )
+    tile: int | list[int] | None = key(
+        "side of the square tiles, or [height, width], that pictures are cut into after the resize, and that the model "
+        "takes; null: it takes whole pictures",
+        "缩放之后图片切成的正方形小块的边长，或 [高, 宽]，模型的输入是小块；null：输入是整张图片",
+        None,
+        decides="model",
+        least=32,
+        most=LARGEST_SIDE,
+    )
+    tile_overlap: float = key(
+        "of neighbouring tiles, as a share of their sides",
+        "相邻小块重叠的部分，占边长的比例",
+        OVERLAP,
+        decides="training",
+        least=0,
+        most=0.75,
+    )
+    tiles_per_epoch: int | None = key(
+        "of each picture, at random places, where the features of all tiles do not fit the cache (--cache_memory and "
+        "others), or `steps` are too few for all; null: always all tiles",
+        "所有小块的特征放不下缓存（--cache_memory 等）或 `steps` 不够学完时，每轮从每张图片随机取多少块；"
+        "null：总是用全部小块",
+        None,
+        decides="training",
+        least=1,
+        most=65536,
     )
     pretrained: Literal["imagenet", "offline"] = key(
         "imagenet: real weights, else the offline start with a warning; offline: the offline start at once",
@@ -247,9 +276,17 @@ class Config:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the pictures that the model takes, in pixels."""
-        height, width = self.input_size if isinstance(self.input_size, list) else (self.input_size, self.input_size)
-        return height, width
+        """Height and width of what the model takes, in pixels: whole pictures, or tiles."""
+        return self.layout.model_size
+
+    @property
+    def layout(self) -> Layout:
+        """What is done with a picture on its way through the model; its region of interest is the checkpoint's."""
+        whole, tile = (
+            (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else None
+            for size in (self.input_size, self.tile)
+        )
+        return Layout(whole, tile, self.tile_overlap, self._score_pixels(math.prod(tile or whole)))
 
     @property
     def score_pixels(self) -> int:
@@ -257,7 +294,10 @@ class Config:
 
         A share of the area of one input, whatever the map is made of: a small defect on a larger picture has as many.
         """
-        return max(1, round(self.top_share * math.prod(self.size))) if self.image_score == "top" else 1
+        return self.layout.score_pixels
+
+    def _score_pixels(self, area: int) -> int:
+        return score_pixels(self.top_share, area) if self.image_score == "top" else 1
 
     @property
     def scoring(self) -> dict[str, Any]:
@@ -319,8 +359,12 @@ def updated(config: Config, stored: dict[str, Any], source: str, overrides: Sequ
 def parse_config(values: dict[str, Any], source: str) -> Config:
     """Check a plain dictionary and turn it into a Config; `source` starts the error message."""
     config = _build(Config, values, source, prefix="")
-    if isinstance(config.input_size, list) and len(config.input_size) != 2:
-        raise UserError(f"{source}: input_size must be a whole number or [height, width], not {config.input_size}")
+    for name in ("input_size", "tile"):
+        size = getattr(config, name)
+        if isinstance(size, list) and len(size) != 2:
+            raise UserError(f"{source}: {name} must be a whole number or [height, width], not {size}")
+    if config.input_size == ORIGINAL and config.tile is None:
+        raise UserError(f"{source}: input_size {ORIGINAL} needs tiles that the model takes; set tile, e.g. to 256")
     if config.selection_weights.image + config.selection_weights.pixel <= 0:
         raise UserError(f"{source}: selection_weights: image and pixel must not both be 0")
     if config.selection == "val_likelihood" and not config.holdout:
@@ -367,7 +411,7 @@ def _rows(cls: type, language: str, prefix: str = "") -> Iterator[tuple[str, ...
         if dataclasses.is_dataclass(type_):
             yield from _rows(type_, language, f"{name}.")
             continue
-        kinds = typing.get_args(type_) if typing.get_origin(type_) in (types.UnionType, Literal) else [type_]
+        kinds = _choices(type_)
         default = {dataclasses.MISSING: "", None: "null"}.get(field.default, str(field.default))
         bounds = ", ".join(f"{sign} {field.metadata[b]}" for b, (_, sign, _) in BOUNDS.items() if b in field.metadata)
         names = ", ".join(k.__name__ if type(k) is type else str(k) for k in kinds if k is not types.NoneType)
@@ -378,6 +422,13 @@ def _fields(cls: type) -> list[tuple[str, Any, dataclasses.Field]]:
     """Name, type and field of each key."""
     hints = typing.get_type_hints(cls)
     return [(field.name, hints[field.name], field) for field in dataclasses.fields(cls)]
+
+
+def _choices(type_: Any) -> list[Any]:
+    """The types that a key may have, and its choices."""
+    if typing.get_origin(type_) in (types.UnionType, typing.Union):
+        return [choice for part in typing.get_args(type_) for choice in _choices(part)]
+    return list(typing.get_args(type_)) if typing.get_origin(type_) is Literal else [type_]
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -423,10 +474,13 @@ def _check(type_: Any, bounds: Mapping[str, Any], value: Any, source: str, name:
             raise refuse("a group of keys")
         return _build(type_, value, source, prefix=f"{name}.")
     origin = typing.get_origin(type_)
-    if origin is types.UnionType:  # of a list and one other
-        if value is None and types.NoneType in typing.get_args(type_):
+    if origin in (types.UnionType, typing.Union):  # of a list, one other, and texts that are taken as they are
+        others = _choices(type_)
+        if value is None and types.NoneType in others:
             return None
-        others = [t for t in typing.get_args(type_) if t is not types.NoneType]
+        if isinstance(value, str) and value in others:
+            return value
+        others = [t for t in others if isinstance(t, type | types.GenericAlias) and t is not types.NoneType]
         chosen = next((t for t in others if (typing.get_origin(t) is list) == isinstance(value, list)), others[0])
         return _check(chosen, bounds, value, source, name)
     if origin is Literal:

@@ -1,5 +1,6 @@
 """Scores of a test set and the figures made of them."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from datasets.mvtec import GroundTruth, LabelledImage, load_ground_truth
 from deploy.common.cli import UserError
 from deploy.common.decisions import Thresholds
 from deploy.common.imaging import upright_size
-from deploy.common.regions import find_regions
+from deploy.common.regions import find_regions, stretch
+from deploy.common.tiles import Layout
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils.config import Config
 from utils.features import CacheBudget, FeatureCache
@@ -28,7 +30,7 @@ EVALUATION_BATCH = 8  # pictures a pass; the result does not depend on it
 class Scores:
     """image: (N,) float32, the image scores; pixel: (N, H, W) float32, the smoothed maps.
 
-    Without pictures N, H and W are 0.
+    Without pictures N, H and W are 0. H and W are those of `utils.features.map_size`.
     """
 
     image: np.ndarray
@@ -43,6 +45,8 @@ def score_images(model: FastFlow, features: FeatureCache) -> Scores:
     """
     if not len(features):
         return Scores(np.zeros(0, np.float32), np.zeros((0, 0, 0), np.float32))
+    if not features.layout.plain:
+        return _score_tiles(model, features)
     image, pixel = _score_on_device(model, features)
     return Scores(image.numpy(), pixel.numpy())
 
@@ -55,7 +59,7 @@ def measure_while_training(
     Raises:
         UserError: as `score_images`.
     """
-    if not len(features) or paddle.get_device() == "cpu":
+    if not len(features) or not features.layout.plain or paddle.get_device() == "cpu":
         return measure(score_images(model, features), truth)
     image, pixel = _score_on_device(model, features)
     pixel_auroc = None if truth.masks is None else auroc_on_device(pixel, paddle.to_tensor(truth.masks))
@@ -77,25 +81,49 @@ def _score_on_device(model: FastFlow, features: FeatureCache) -> tuple[Tensor, T
     """Image scores (N,) and smoothed maps (N, H, W), float32."""
     model.eval()
     image, pixel = [], []
-    for start in range(0, len(features), EVALUATION_BATCH):
-        indices = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
-        _, smoothed, scores = model.score(features.batch(indices))
+    for _, batch, _ in features.batches(EVALUATION_BATCH):
+        _, smoothed, scores = model.score(batch)
         image.append(scores)
         pixel.append(smoothed[:, 0])
     scores = paddle.concat(image)
-    if not paddle.isfinite(scores).all().item():
-        raise UserError("the model gives scores that are not numbers; its training diverged (a lower lr helps)")
+    _check_finite(paddle.isfinite(scores).all().item())
     return scores, paddle.concat(pixel)
 
 
 @paddle.no_grad()
+def _score_tiles(model: FastFlow, features: FeatureCache) -> Scores:
+    """Scores of pictures whose maps are put together."""
+    model.eval()
+    layout, size, tilings = features.layout, features.map_size, features.tilings
+    image, pixel = np.zeros(len(tilings), np.float32), np.zeros((len(tilings), *size), np.float32)
+    maps = (
+        (item, raw)
+        for items, batch, _ in features.batches(EVALUATION_BATCH)
+        for item, raw in zip(items, model.anomaly_map(batch)[:, 0].numpy(), strict=True)
+    )
+    for number, own in itertools.groupby(maps, lambda of: of[0][0]):
+        tiling = tilings[number]
+        whole = tiling.blank()
+        for (_, place), raw in own:
+            tiling.add(whole, place, raw)
+        smoothed, image[number] = layout.finish(whole, tiling.kept)
+        pixel[number] = stretch(smoothed, size, layout.roi)
+    _check_finite(np.isfinite(image).all())
+    return Scores(image, pixel)
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise UserError("the model gives scores that are not numbers; its training diverged (a lower lr helps)")
+
+
+@paddle.no_grad()
 def mean_loss(model: FastFlow, features: FeatureCache) -> float:
-    """The training loss in eval mode, averaged over the pictures: -log p per dimension, summed over the scales."""
+    """The training loss in eval mode, averaged over pictures or tiles: -log p per dimension, summed over the scales."""
     model.eval()
     total = paddle.zeros([])
-    for start in range(0, len(features), EVALUATION_BATCH):
-        indices = np.arange(start, min(start + EVALUATION_BATCH, len(features)))
-        total += negative_log_likelihood(model.latents(features.batch(indices))) * len(indices)
+    for items, batch, kept in features.batches(EVALUATION_BATCH):
+        total += negative_log_likelihood(model.latents(batch, kept=kept), kept) * len(items)
     return total.item() / len(features)
 
 
@@ -108,6 +136,7 @@ class Evaluation:
         test: Sequence[Path],
         truth: GroundTruth,
         held_out: Sequence[Path],
+        layout: Layout,
         budget: CacheBudget,
         read: Callable[[Path], np.ndarray],
     ) -> None:
@@ -117,13 +146,14 @@ class Evaluation:
             test: the test pictures, none perhaps.
             truth: of the test pictures.
             held_out: good pictures that the training does not see, none perhaps.
+            layout: what is done with a picture.
             budget: for the features.
             read: gives a picture, (h, w, 3) uint8 RGB.
         """
         self._training, self._truth = training, truth
-        extractor, size = training.model.feature_extractor, training.config.size
-        self._test = FeatureCache(extractor, test, size, budget, "test pictures", read)
-        self._held_out = FeatureCache(extractor, held_out, size, budget, "held-out pictures", read)
+        extractor = training.model.feature_extractor
+        self._test = FeatureCache(extractor, test, layout, budget, "test pictures", read)
+        self._held_out = FeatureCache(extractor, held_out, layout, budget, "held-out pictures", read)
 
     @property
     def place(self) -> str:
@@ -142,7 +172,7 @@ def measure(scores: Scores, truth: GroundTruth) -> tuple[float | None, float | N
 
     In [0, 1]; None where there is nothing to measure: no defects, or defects without masks.
     """
-    pixel = None if truth.masks is None else auroc(scores.pixel, truth.masks)
+    pixel = None if truth.masks is None else auroc(truth.counted(scores.pixel), truth.counted(truth.masks))
     return auroc(scores.image, truth.labels), pixel
 
 
@@ -157,7 +187,7 @@ def measure_all(scores: Scores, truth: GroundTruth) -> dict[str, float | None]:
     if truth.masks is not None:
         pixel_ap = average_precision(scores.pixel, truth.masks)
         pixel_f1, pixel_threshold = f1_max(scores.pixel, truth.masks) or (None, None)
-        overlap = aupro(scores.pixel, truth.masks)
+        overlap = aupro(scores.pixel, truth.masks, kept=truth.kept)
     return {
         "pixel_auroc": pixel,
         "image_auroc": image,
@@ -195,20 +225,21 @@ def measure_defects(
     """
     folders = np.array([image.defect for image in test], dtype=object)
     good = np.array([image.defect is None for image in test], dtype=bool)
-    good_pixels = np.sort(scores.pixel[good], axis=None)  # once for all folders: no mask lies in them
+    good_pixels = np.sort(truth.counted(scores.pixel)[good], axis=None)  # once for all folders: no mask lies in them
     rows = {}
     for name in dict.fromkeys(folders[~good]):
         of = folders == name
         if truth.masks is None:  # of some folder, not of this one perhaps
             masks = load_ground_truth(
-                [image for image in test if image.defect == name], config.size, config.mask_rule
+                [image for image in test if image.defect == name], scores.pixel.shape[1:], config.mask_rule, truth.kept
             ).masks
         else:
             masks = truth.masks[of]
+        own = None if masks is None else (truth.counted(scores.pixel)[of], truth.counted(masks))
         rows[name] = {
             "image_auroc": auroc(scores.image[of | good], truth.labels[of | good]),
-            "pixel_auroc": None if masks is None else auroc(scores.pixel[of], masks, good_pixels),
-            "aupro": None if masks is None else aupro(scores.pixel[of], masks, others=good_pixels),
+            "pixel_auroc": None if masks is None else auroc(*own, good_pixels),
+            "aupro": None if masks is None else aupro(scores.pixel[of], masks, others=good_pixels, kept=truth.kept),
             "images_with_mask": 0 if masks is None else len(masks),
             "defect_test_pictures": int(truth.labels[of].sum()),
             "missed_defects": int((truth.labels[of] & (scores.image[of] <= threshold)).sum()),
@@ -239,7 +270,7 @@ def measure_regions(
     pictures: dict[str, dict[str, int]] = {}
     for image, anomaly_map, mask in zip(test, scores.pixel, truth.masks, strict=True):
         size = upright_size(image.path)
-        regions, found = find_regions(anomaly_map, size, thresholds.pixel, thresholds.min_area)
+        regions, found = find_regions(anomaly_map, size, thresholds.pixel, thresholds.min_area, truth.kept)
         true = cv2.resize(np.uint8(mask), size[::-1], interpolation=cv2.INTER_NEAREST)
         count, labels = cv2.connectedComponents(true, connectivity=8)
         both = found & true.view(bool)

@@ -98,7 +98,13 @@ def f1_score(accepted: np.ndarray, labels: np.ndarray) -> float | None:
     return float(2 * (accepted & labels).sum() / (accepted.sum() + labels.sum()))
 
 
-def aupro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3, others: Sequence[float] = ()) -> float | None:
+def aupro(
+    scores: np.ndarray,
+    masks: np.ndarray,
+    limit: float = 0.3,
+    others: Sequence[float] = (),
+    kept: np.ndarray | None = None,
+) -> float | None:
     """Area under the per-region overlap curve up to a false positive rate, divided by that rate.
 
     As MVTec AD defines it (Bergmann et al. 2021, doi 10.1007/s11263-020-01400-4): at each threshold PRO is the mean,
@@ -111,11 +117,12 @@ def aupro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3, others: Seq
         masks: (N, H, W) bool.
         limit: the highest FPR, in (0, 1].
         others: (K,) ascending, scores of further normal pixels, as in `auroc`.
+        kept: (H, W) bool, the normal pixels that count; masks are False elsewhere. None: all do.
 
     Returns:
         in [0, 1], or None if no pixel or every pixel is in a mask.
     """
-    positives, negatives = scores[masks], np.sort(scores[~masks])
+    positives, negatives = scores[masks], np.sort(scores[~masks if kept is None else ~masks & kept])
     total = len(negatives) + len(others)
     if not len(positives) or not total:
         return None

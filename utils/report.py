@@ -294,7 +294,7 @@ def draw_roc(path: Path, scores: "Scores", truth: GroundTruth, figures: Row) -> 
     """The ROC curves of pictures and of pixels, those that there are; `figures` holds their AUROCs."""
     curves = {"image": (scores.image, truth.labels)}
     if truth.masks is not None:
-        curves["pixel"] = (scores.pixel, truth.masks)
+        curves["pixel"] = (truth.counted(scores.pixel), truth.counted(truth.masks))
     picture = blank_figure(5, 5)
     axes = picture.subplots()
     for name, (values, labels) in curves.items():

@@ -20,7 +20,8 @@ from datasets.drawn_defects import KINDS, draw_defect
 from deploy.common.cli import UserError, warn
 from deploy.common.decisions import Thresholds
 from deploy.common.files import regular_file, sha256, write_text
-from deploy.common.imaging import normalise, resize, upright_size
+from deploy.common.imaging import normalise, upright_size
+from deploy.common.tiles import Layout, kept_part
 from utils.plots import blank_figure, write_figure
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ DRAWINGS = 3  # of each size, contrast and kind; all of them are 288 pictures to
 PICTURES = 48  # at most, that are drawn on
 PROMISED = "promised"  # what the false alarm rate is where the threshold's rule gives it
 ENOUGH = 0.9  # the share that the line is about: 9 of 10
+TRIES = 20  # at a place for a defect in the region of interest
 BATCH = 8  # pictures a pass
 EXAMPLE = (16, 0.4)  # size and contrast of those that are shown
 Case = tuple[int, float, str]  # size, contrast, kind
@@ -48,15 +50,17 @@ class Sensitivity:
 
 
 class Drawing(NamedTuple):
-    """A picture with a drawn defect, as small as the model takes it: at full size many would fill the memory."""
+    """A picture with a drawn defect, as it goes through the model: at full size many would fill the memory."""
 
     case: int  # which one
     input: np.ndarray  # (H, W, 3) uint8
+    good: np.ndarray  # the same without the defect; one array for all drawings on a picture
     detail: np.ndarray  # the defect, (h, w, 3) uint8
 
 
 def measure_sensitivity(
     model: "FastFlow",
+    layout: Layout,
     held_out: Sequence[Path],
     scores: np.ndarray,
     thresholds: Thresholds,
@@ -67,6 +71,7 @@ def measure_sensitivity(
 
     Args:
         model: in any mode; it is in eval mode afterwards.
+        layout: what is done with a picture on its way through it.
         held_out: good pictures that its training did not use.
         scores: (N,), their image scores.
         thresholds: the image threshold decides.
@@ -97,10 +102,11 @@ def measure_sensitivity(
     chosen = [usable[i] for i in rng.permutation(len(usable))[:PICTURES]]
     found: list[bool | None] = [None] * len(cases)  # None: it could not be drawn
     examples: dict[str, np.ndarray] = {}
-    drawn = _drawings(rng, chosen, cases, config.size, read)
+    drawn = _drawings(rng, chosen, cases, layout, read)
+    scores_of = _Scorer(model, layout)
     with tqdm(total=len(cases), desc="drawn defects", unit="image", disable=None, leave=False) as bar:
-        while batch := list(itertools.islice(drawn, BATCH)):
-            results = _scores(model, np.stack([drawing.input for drawing in batch]))
+        while batch := list(itertools.islice(drawn, BATCH if layout.plain else 1)):  # others may be large
+            results = scores_of(batch)
             for drawing, score in zip(batch, results, strict=True):
                 found[drawing.case] = bool(score > thresholds.image)
                 kind = cases[drawing.case][2]
@@ -109,13 +115,14 @@ def measure_sensitivity(
             bar.update(len(batch))
     height, width = (round(float(length)) for length in np.median([upright_size(path) for path in chosen], axis=0))
     counted = [(case, hit) for case, hit in zip(cases, found, strict=True) if hit is not None]
-    by_size = _by_size(counted, (height, width), config.size)
+    size = layout.size_of((height, width))
+    by_size = _by_size(counted, (height, width), size)
     content = {
         "drawn_defects": len(counted),
         "held_out_pictures": len(held_out),
         "above_threshold_undrawn": len(held_out) - len(usable),
         "picture_size": [height, width],
-        "input_size": list(config.size),
+        "input_size": list(size),
         "image_threshold": thresholds.image,
         "rule": thresholds.rule,
         "false_alarm_rate": 1 - len(usable) / len(held_out) if false_alarm_rate is None else false_alarm_rate,
@@ -132,18 +139,26 @@ def _drawings(
     rng: np.random.Generator,
     pictures: Sequence[Path],
     cases: Sequence[Case],
-    size: tuple[int, int],
+    layout: Layout,
     read: Callable[[Path], np.ndarray],
 ) -> Iterator[Drawing]:
-    """Draw the cases, an equal share of them on each picture; pieces of another place may be of the one before it."""
+    """Draw the cases, an equal share of them on each picture; pieces of another place may be of the one before it.
+
+    Where there is a region of interest at least half of a defect lies in it.
+    """
     other = read(pictures[-1])
     for path, share in zip(pictures, np.array_split(rng.permutation(len(cases)), len(pictures)), strict=True):
         picture = read(path)
-        pixel = _pixel(picture.shape[:2], size)
+        size = picture.shape[:2]
+        pixel, kept = _pixel(size, layout.size_of(size)), kept_part(layout.roi, size)
+        good = layout.prepare(picture, path)
         for index in share:
             extent, contrast, kind = cases[index]
-            if drawing := draw_defect(rng, picture, other, kind, max(extent * pixel, 1), contrast):
-                yield Drawing(index, resize(drawing[0], *size), _detail(*drawing))
+            for _ in range(1 if kept is None else TRIES):
+                drawing = draw_defect(rng, picture, other, kind, max(extent * pixel, 1), contrast)
+                if drawing and (kept is None or drawing[1][kept].sum() >= drawing[1].sum() / 2):
+                    yield Drawing(index, layout.prepare(drawing[0], path), good, _detail(*drawing))
+                    break
         other = picture
 
 
@@ -168,13 +183,38 @@ def _by_size(
     return rows
 
 
-def _scores(model: "FastFlow", pictures: np.ndarray) -> np.ndarray:
-    """Image scores (B,) of pictures (B, H, W, 3) uint8."""
-    import paddle
+class _Scorer:
+    """Image scores of pictures with drawn defects. Of one that is cut only tiles that differ are looked at anew."""
 
-    model.eval()
-    with paddle.no_grad():
-        return model(paddle.to_tensor(normalise(pictures)))[2].numpy()
+    def __init__(self, model: "FastFlow", layout: Layout) -> None:
+        self._model, self._layout = model, layout
+        self._good, self._raw = np.empty(0), np.empty(0)  # the picture that was drawn on last, and its raw map
+
+    def __call__(self, drawings: Sequence[Drawing]) -> Sequence[float]:
+        """A score of each."""
+        import paddle
+
+        if not self._layout.plain:
+            return [self._rescored(drawing) for drawing in drawings]
+        self._model.eval()
+        with paddle.no_grad():
+            pictures = normalise(np.stack([drawing.input for drawing in drawings]))
+            return self._model(paddle.to_tensor(pictures))[2].numpy()
+
+    def _maps(self, tiles: np.ndarray) -> np.ndarray:
+        return self._model.raw_maps(normalise(tiles))
+
+    def _rescored(self, drawing: Drawing) -> float:
+        if self._good is not drawing.good:
+            self._good = drawing.good
+            (self._raw,) = self._layout.raw_maps([drawing.good], self._maps, BATCH)
+        tiling, raw = self._layout.tiling(drawing.good.shape[:2]), self._raw.copy()
+        for place in tiling.places:
+            before, now = (tiling.cut(picture, place) for picture in (drawing.good, drawing.input))
+            if not np.array_equal(before, now):
+                was, own = self._maps(np.stack([before, now]))
+                tiling.add(raw, place, own - was)
+        return self._layout.score(raw, tiling.kept)
 
 
 def _pixel(picture: tuple[int, int], size: tuple[int, int]) -> float:

@@ -11,11 +11,20 @@ import paddle
 from paddle import Tensor
 
 from deploy.common.cli import UserError, warn
+from deploy.common.tiles import ROI_FILE
 from models.cpu import convolutions
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils import distributed
 from utils.averaging import WeightAverage
-from utils.checkpoint import fill_model, history_of, load_checkpoint, not_ours, published_state
+from utils.checkpoint import (
+    fill_model,
+    history_of,
+    load_checkpoint,
+    not_ours,
+    published_state,
+    roi_of,
+    stored_roi,
+)
 from utils.config import Config, keys_that_decide
 from utils.features import FeatureCache
 from utils.history import EpochRow, selection_value
@@ -102,6 +111,7 @@ def training_step(
     weight: float = 1.0,
     scale: LossScale | None = None,
     noise: Sequence[Tensor] = (),
+    kept: Sequence[Tensor] = (),
 ) -> Tensor:
     """Change the parameters once, unless a scaled gradient is not finite.
 
@@ -110,11 +120,12 @@ def training_step(
         weight: of the share in the mean over the global batch.
         scale: of the loss, for a model that trains in float16.
         noise: is added to the normalised features.
+        kept: places that are learnt from, where not all are, as `FastFlow.latents` takes them.
 
     Returns:
         the loss of the global batch before the change, a scalar still on the device.
     """
-    loss = negative_log_likelihood(model.latents(features, noise)) * weight
+    loss = negative_log_likelihood(model.latents(features, noise, kept), kept) * weight
     backward(scale.scaled(loss) if scale else loss)
     total = loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -142,6 +153,8 @@ class Training:
         self.backbone: dict[str, Any] = {}  # where its weights are from
         self._steps = 0  # up to the end of the last epoch
         self.learnt_from: str | None = None  # digest of the names of its pictures
+        self.roi: np.ndarray | None = None  # region of interest, (h, w) bool
+        self.draws_tiles: bool | None = None  # at random places; None: there are none
         dtype, self.precision = mixed_precision() if config.amp else ("float32", "float32")
         model.train_in(dtype)
         self.optimizer = build_optimizer(model, config)
@@ -199,6 +212,9 @@ class Training:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise not_ours(path, error) from error
         self.history = history
+        self.draws_tiles = checkpoint.get("draws_tiles")
+        if not np.array_equal(roi_of(checkpoint, path), self.roi):
+            raise UserError(f"{path}: --resume goes on only with the region of interest that it has ({ROI_FILE})")
         _warn_of_changes(trained, self.config, path)
 
     def epoch(
@@ -223,6 +239,7 @@ class Training:
         """
         config, optimizer, epoch = self.config, self.optimizer, len(self.history) + 1
         self.model.train()
+        features.draw([config.seed, epoch])
         order = np.random.default_rng([config.seed, epoch]).permutation(len(features))
         batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
         done, total = self.steps(len(features))
@@ -240,7 +257,8 @@ class Training:
                 noise = [config.feature_noise * n for n in drawn]
             times.batch_read()
             optimizer.set_lr(learning_rate(config, (done + iteration - 0.5) / total))
-            loss = training_step(self.model, optimizer, batch, weight, self.scale, noise)
+            kept = features.kept(indices[rows])
+            loss = training_step(self.model, optimizer, batch, weight, self.scale, noise, kept)
             self.average.update()
             losses += loss
             times.step_done(len(indices))
@@ -283,6 +301,8 @@ class Training:
                 "history": [asdict(row) for row in self.history],
                 "held_out": self.held_out,
                 "learnt_from": self.learnt_from,
+                **stored_roi(self.roi),
+                **({} if self.draws_tiles is None else {"draws_tiles": self.draws_tiles}),
             }
             if self.config.ema_decay:
                 content["average"] = self.average.state()

@@ -15,7 +15,6 @@ import numpy as np
 from paddle import Tensor, nn
 from tqdm import tqdm
 
-from datasets.mvtec import read_batches
 from deploy.common.cli import UserError, warn
 from deploy.common.files import sha256, write_whole
 from deploy.common.imaging import PictureReader, normalise
@@ -103,8 +102,12 @@ def load_backbone(
         except UserError as error:
             warn(str(error))
     chosen = training_images[:: max(1, len(training_images) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]
-    pictures = next(read_batches(chosen, CALIBRATION_IMAGES, config.size, PictureReader(config.white_level)))
-    calibrated_start(backbone, normalise(pictures), config.seed)
+    layout, read, tiles = config.layout, PictureReader(config.white_level), []
+    for i, path in enumerate(chosen):  # of each picture another tile, the whole where it is not cut
+        picture = layout.prepare(read(path))
+        tiling = layout.tiling(picture.shape[:2])
+        tiles.append(tiling.cut(picture, tiling.places[i * len(tiling.places) // len(chosen)]))
+    calibrated_start(backbone, normalise(np.stack(tiles)), config.seed)
     print(OFFLINE_WARNING, file=sys.stderr, flush=True)
     return {"source": OFFLINE, "file": None, "sha256": None}
 

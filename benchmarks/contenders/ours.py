@@ -86,10 +86,10 @@ class Ours:
         tested = spread(pictures.test, test)
         truth = load_ground_truth(tested, config.size, config.mask_rule)
         begun = time.perf_counter()
-        backbone, size = training.model.feature_extractor, config.size
+        backbone, layout = training.model.feature_extractor, config.layout
         budget = CacheBudget.from_options(None, None, None)
-        train_features = FeatureCache(backbone, spread(pictures.train, train), size, budget, "train")
-        test_features = FeatureCache(backbone, [picture.path for picture in tested], size, budget, "test")
+        train_features = FeatureCache(backbone, spread(pictures.train, train), layout, budget, "train")
+        test_features = FeatureCache(backbone, [picture.path for picture in tested], layout, budget, "test")
         cached = time.perf_counter()
         training.epoch(train_features, lambda line: None)
         trained = time.perf_counter()

@@ -82,6 +82,7 @@ class Result:
         thresholds: Thresholds,
         drawn: np.ndarray | None = None,
         path: str | Path | None = None,
+        roi: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -91,12 +92,13 @@ class Result:
             thresholds: what decides.
             drawn: the picture to draw on, (H, W, 3) uint8 RGB, or what `drawn_size` makes of it; None: it is not drawn.
             path: its file, if it is one.
+            roi: (h, w) bool of any size, the region of interest, outside of which the map is 0; None: all counts.
         """
         self.score = score
         self.size = size
         self.thresholds = thresholds
         self.path = None if path is None else str(path)
-        self._model_map, self._drawn = anomaly_map, drawn
+        self._model_map, self._drawn, self._roi = anomaly_map, drawn, roi
 
     @property
     def label(self) -> str:
@@ -106,7 +108,7 @@ class Result:
     @cached_property
     def map(self) -> np.ndarray:
         """(H, W) float32: the smoothed anomaly map in [0, 1], at the picture's own size."""
-        return stretch(self._model_map, self.size)
+        return stretch(self._model_map, self.size, self._roi)
 
     @property
     def mask(self) -> np.ndarray:
@@ -120,7 +122,7 @@ class Result:
 
     @cached_property
     def _found(self) -> tuple[list[Region], np.ndarray]:
-        return find_regions(self._model_map, self.size, self.thresholds.pixel, self.thresholds.min_area)
+        return find_regions(self._model_map, self.size, self.thresholds.pixel, self.thresholds.min_area, self._roi)
 
     def draw(self) -> Image.Image:
         """The picture, its heat map, and what is marked in it with its regions, numbered; see `draw_result`."""

@@ -176,13 +176,15 @@ def to_rgb(array: np.ndarray, white_level: int) -> np.ndarray:
     return array
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, content: BinaryIO | None = None) -> np.ndarray:
     """Decode a ground truth mask to (H, W) uint8, 255 where the defect is; one of 16 bit may hold values of 8.
+
+    `content` is read in place of the file.
 
     Raises:
         UserError: as `decode`.
     """
-    array = decode(path)
+    array = decode(path, content)
     return to_rgb(array, FULL_WHITE if array.max() > 255 else 255).max(axis=2)
 
 
@@ -248,10 +250,17 @@ def _decode_deep_colour(path: Path, content: BinaryIO | None, image: Image.Image
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture file that can be decoded, turned as EXIF says; its pixels are not read."""
-    with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    """Height and width of a picture file, turned as EXIF says; its pixels are not read.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception as error:  # as in `decode`
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
     return (width, height) if turned else (height, width)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from deploy.common.tiles import kept_part
+
 DECIMALS = 5  # of a region's scores; the runtimes agree on them, so that they agree on the order too
 
 
@@ -30,14 +32,20 @@ class Region:
         }
 
 
-def stretch(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(h, w) float, the map at the model's input size -> (H, W) float32 at the picture's own, bilinear."""
-    height, width = size
-    return cv2.resize(anomaly_map.astype(np.float32, copy=False), (width, height), interpolation=cv2.INTER_LINEAR)
+def stretch(anomaly_map: np.ndarray, size: tuple[int, int], roi: np.ndarray | None = None) -> np.ndarray:
+    """(h, w) float, the map at the model's input size -> (H, W) float32 at the picture's own, bilinear.
+
+    0 outside of the region of interest, if there is one; a map that has this size already is not copied.
+    """
+    scores, (height, width) = anomaly_map.astype(np.float32, copy=False), size
+    if scores.shape == (height, width):
+        return scores
+    scores = cv2.resize(scores, (width, height), interpolation=cv2.INTER_LINEAR)
+    return scores if roi is None else scores * kept_part(roi, (height, width))
 
 
 def find_regions(
-    anomaly_map: np.ndarray, size: tuple[int, int], threshold: float, min_area: int = 0
+    anomaly_map: np.ndarray, size: tuple[int, int], threshold: float, min_area: int = 0, roi: np.ndarray | None = None
 ) -> tuple[list[Region], np.ndarray]:
     """The regions of a map, the highest score first, and the pixels that belong to one.
 
@@ -49,13 +57,14 @@ def find_regions(
         size: height and width of the picture.
         threshold: a pixel counts above it.
         min_area: regions of fewer pixels are left out, of the mask too; 0: none are.
+        roi: (h, w) bool of any size, outside of which there are none; None: all of the picture counts.
 
     Returns:
         the regions; the mask, (H, W) bool. Pixels that touch at a corner are in one region.
     """
     if not (anomaly_map > threshold).any():
         return [], np.zeros(size, bool)
-    scores = stretch(anomaly_map, size)
+    scores = stretch(anomaly_map, size, roi)
     mask = scores > threshold
     count, labels, stats, centres = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
     kept = stats[:, cv2.CC_STAT_AREA] >= min_area
