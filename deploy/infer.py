@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         *("--save_inference_dir", "--model_dir"), default="./results/inference", help="exported model (%(default)s)"
     )
     add_runtime(parser)
-    parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures, or tiles, a run (%(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="pictures or tiles a run (%(default)s)")
     parser.add_argument("--max_batch_size", type=positive_int, default=16, help="limit of batch_size (%(default)s)")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="runs before the clock starts (%(default)s)")
     parser.add_argument("--benchmark", type=boolean, default=False, help="True: print times, device, memory")

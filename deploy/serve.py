@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import Backend, Options, add_runtime, asked_for, load_exported
 from deploy.common.cli import ArgumentParser, UserError, non_negative_float, positive_int, run_main
+from deploy.common.tiles import Layout
 from deploy.description import read_description
 
 
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (%(default)s)")
     parser.add_argument("--port", type=port, default=8866, help="0: any that is free (%(default)s)")
     add_runtime(parser)
-    parser.add_argument("--max_batch_size", type=positive_int, default=8, help="pictures a run (%(default)s)")
+    parser.add_argument("--max_batch_size", type=positive_int, default=8, help="pictures or tiles a run (%(default)s)")
     parser.add_argument(
         "--max_wait_ms",
         type=non_negative_float,
@@ -138,7 +139,7 @@ def main() -> None:
     for name, (folder, description) in folders.items():
         model = load(folder, description, args.backend, options)
         batcher = Batcher(model.run, args.max_batch_size, args.max_wait_ms / 1000, args.queue_size)
-        models[name] = ServedModel(description, batcher)
+        models[name] = ServedModel(description, batcher, Layout.of(description, folder))
     signal.signal(signal.SIGTERM, end)  # once more: Paddle has put its own in place, which kills the process
     limits = Limits(
         upload_bytes=args.max_upload_mb * 2**20,
@@ -191,7 +192,7 @@ def load(folder: Path, description: dict[str, Any], backend: str, options: Optio
 
     model = load_exported(folder, backend, options)
     for pictures in {1, min(2, options.max_batch_size), options.max_batch_size}:  # 2: for those between
-        model.run(np.zeros((pictures, 3, *description["input_size"]), np.float32))
+        model.run(np.zeros((pictures, 3, *(description["tile"] or description["input_size"])), np.float32))
     return model
 
 

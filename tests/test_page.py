@@ -29,6 +29,7 @@ from benchmarks.uploads import (
 )
 from deploy.common.cli import UserError
 from deploy.common.imaging import read_rgb
+from deploy.common.tiles import Layout
 from deploy.service.app import ServedModel, create_app
 from deploy.service.batching import Batcher
 from deploy.service.uploads import Limits
@@ -52,7 +53,8 @@ def server(exported):
 RED = {"category": "red", "input_size": [60, 60], "mean": [0.0] * 3, "std": [1.0] * 3}
 RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6, "white_level": None}
 RED |= {"threshold_rule": "published", "pixel_threshold_rule": "published", "min_area": 0}
-RED |= {"image_score": "max", "top_share": None}
+RED |= {"image_score": "max", "top_share": None, "tile": None}
+LAYOUT = Layout((60, 60))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def red_server():
     def run(batch):
         return batch[:, :1], batch[:, :1], batch[:, 0].max(axis=(1, 2))
 
-    models = {name: ServedModel({**RED, **more}, Batcher(run, 8, 0.005, 64)) for name, more in RED_MODELS.items()}
+    models = {
+        name: ServedModel({**RED, **more}, Batcher(run, 8, 0.005, 64), LAYOUT) for name, more in RED_MODELS.items()
+    }
     config = uvicorn.Config(create_app(models, Limits(upload_bytes=MB, pixels=1_000_000)), port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -22,6 +22,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from deploy.common.tiles import Layout
 from deploy.service.app import ServedModel, create_app
 from deploy.service.batching import Batcher
 from deploy.service.uploads import Limits
@@ -40,6 +41,7 @@ def served(run=brightness_model, places=64, **description):
     description = {
         "category": "bottle",
         "input_size": [16, 8],
+        "tile": None,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "white_level": None,
@@ -52,7 +54,8 @@ def served(run=brightness_model, places=64, **description):
         "pixel_threshold": 0.6,
         **description,
     }
-    return ServedModel(description, Batcher(run, 8, 0.005, places))
+    layout = Layout(tuple(description["input_size"]), description["tile"])
+    return ServedModel(description, Batcher(run, 8, 0.005, places), layout)
 
 
 @pytest.fixture

@@ -514,6 +514,7 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 def png(scores: np.ndarray, white: int) -> bytes:
     """(H, W) float in [0, 1], or bool -> grey PNG with 0 to `white` for 0 to 1, of 16 bit where that is above 255."""
-    values = np.clip(scores, 0, 1) * np.float32(white)
+    values = np.clip(scores, 0, 1, dtype=np.float32)
+    values *= white
     grey = np.rint(values, out=values).astype(np.uint8 if white <= 255 else np.uint16)
     return cv2.imencode(".png", grey)[1].tobytes()

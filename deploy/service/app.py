@@ -7,11 +7,13 @@ or the picture's reader chokes on is a 4xx.
 import asyncio
 import base64
 import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import prometheus_client
@@ -25,12 +27,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploy.common.cli import UserError
 from deploy.common.decisions import Result, Thresholds
-from deploy.common.imaging import png
+from deploy.common.imaging import normalise, png
+from deploy.common.regions import stretch
 from deploy.common.runtime import available_cores
+from deploy.common.tiles import Layout
 from deploy.service.batching import Answer, Batcher, Full
 from deploy.service.decoding import Decoded, Decoders
 from deploy.service.uploads import BODY, Limits, Options, Uploads, busy, problem
 
+LARGEST_MAP = 1024  # side in pixels of what is answered as a map made of tiles, unless the picture's size is asked for
 SCORE_BUCKETS = [*(n / 20 for n in range(1, 20)), 0.975, 0.99, 1]
 HEADERS = ("X-Score", "X-Label")  # of a map as bytes
 PAGE = Path(__file__).resolve().parent / "page"
@@ -43,6 +48,7 @@ class ServedModel:
 
     description: Mapping[str, Any]  # of inference.yml
     batcher: Batcher  # of its `run`: anomaly map, smoothed map, image score
+    layout: Layout  # what is done with a picture before and after that
 
     @property
     def thresholds(self) -> Thresholds:
@@ -92,7 +98,7 @@ class Prediction(BaseModel):
         description="the smoothed anomaly map as a grey 8-bit PNG in base64, 0 to 255 for 0 to 1, of the size that "
         "map_size asks for: stretch it over the upright picture; null if it was not asked for"
     )
-    batch_size: int = Field(description="how many pictures went through the model together")
+    batch_size: int = Field(description="how many pictures, or tiles, went through the model together")
     time_ms: Milliseconds
 
 
@@ -101,7 +107,12 @@ class ModelInfo(BaseModel):
 
     name: str
     category: str
-    input_size: list[int] = Field(description="height and width that pictures are resized to")
+    input_size: list[int] | Literal["original"] = Field(
+        description="height and width that pictures are resized to; original: they are not"
+    )
+    tile: list[int] | None = Field(
+        description="height and width of the tiles that they are cut into; null: they are not"
+    )
     image_score: str = Field(description="what of the anomaly map the score is: max: the largest value; top: a mean")
     top_share: float | None = Field(description="of top: of how many values, as a share of the input's area")
     image_threshold: float = Field(description="a picture is an anomaly above it")
@@ -135,17 +146,59 @@ PROBLEMS = {
 
 
 def decide(
-    answer: Answer, size: tuple[int, int], thresholds: Thresholds, options: Options, map_wanted: bool
+    answer: Answer,
+    size: tuple[int, int],
+    thresholds: Thresholds,
+    options: Options,
+    map_wanted: bool,
+    layout: Layout,
 ) -> tuple[Result, list[RegionInfo], bytes | None]:
     """What is decided of a picture of this size, its regions, and its map as a grey 8-bit PNG, if it is wanted.
 
     Of a large picture this takes memory and time: it is to be done for few at once, beside the event loop.
     """
     _, smoothed, image_score = answer.outputs  # (1, H, W), (1, H, W), ()
-    result = Result(float(image_score), smoothed[0], size, thresholds)
+    result = Result(float(image_score), smoothed[0], size, thresholds, roi=layout.roi)
     regions = [RegionInfo(**region.to_dict()) for region in result.regions]
-    anomaly_map = result.map if map_wanted and options.map_size == "original" else smoothed[0]
-    return result, regions, png(anomaly_map, 255) if map_wanted else None
+    if not map_wanted:
+        return result, regions, None
+    if options.map_size == "original":
+        return result, regions, png(result.map, 255)
+    height, width = smoothed[0].shape
+    factor = min(1, LARGEST_MAP / max(height, width)) if layout.tile else 1
+    return result, regions, png(stretch(smoothed[0], (round(height * factor), round(width * factor))), 255)
+
+
+async def put_together(model: ServedModel, picture: Decoded, hand_in: Callable[[np.ndarray], Future]) -> Answer:
+    """What the model says of a raw picture, made of what it says of its tiles, or without what does not count.
+
+    Whoever cancels it has no further tiles handed in.
+
+    Raises:
+        UserError: the picture has not the shape of the region of interest.
+    """
+    answers: list[Answer] = []
+    unwanted = threading.Event()
+
+    def run(tiles: np.ndarray) -> np.ndarray:
+        if unwanted.is_set():
+            raise asyncio.CancelledError
+        items = normalise(tiles, model.description["mean"], model.description["std"])
+        waiting = [hand_in(item) for item in items]
+        own = [future.result() for future in waiting]
+        answers.extend(own[:1])
+        return np.stack([answer.outputs[0][0] for answer in own])
+
+    def work() -> tuple[np.ndarray, float]:
+        model.layout.check_roi(picture.size)
+        return model.layout.look([model.layout.paint(picture.item)], run, model.batcher.max_batch_size)[0]
+
+    try:
+        smoothed, score = await asyncio.to_thread(work)
+    finally:
+        unwanted.set()
+    waited, ran = (sum(getattr(answer, what) for answer in answers) for what in ("waited", "ran"))
+    return Answer((None, smoothed[None], score), waited, ran, max(answer.batch_size for answer in answers))
 
 
 def check_origin(request: Request, allowed: Collection[str]) -> None:
@@ -244,6 +297,7 @@ class Service:
         self._uploads = Uploads(limits)
         self._decoders = Decoders(max(2, available_cores()), limits)  # few: a large picture takes much memory
         self._deciding = asyncio.Semaphore(1)  # so do its regions, and its map
+        self._cutting = asyncio.Semaphore(2)  # one may be decoded while another's tiles run
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -302,7 +356,7 @@ class Service:
         as_png = "image/png" in request.headers.get("accept", "")
         thresholds = model.thresholds.or_given(options.image_threshold, options.pixel_threshold, options.min_area)
         async with self._deciding:
-            work = (answer, picture.size, thresholds, options, as_png or options.map)
+            work = (answer, picture.size, thresholds, options, as_png or options.map, model.layout)
             result, regions, png_map = await asyncio.to_thread(decide, *work)
         self._metrics.count(name, result)
         if as_png:
@@ -335,8 +389,12 @@ class Service:
         """The picture, when it was decoded, and what the model says of it."""
         model = self._models[name]
         with model.batcher.place() as hand_in:
-            picture = await self._decoders.decode(content, model.description)
-            return picture, time.perf_counter(), await asyncio.wrap_future(hand_in(picture.item))
+            if model.layout.plain:
+                picture = await self._decoders.decode(content, model.description)
+                return picture, time.perf_counter(), await asyncio.wrap_future(hand_in(picture.item))
+            async with self._cutting:
+                picture = await self._decoders.decode(content, model.description, raw=True)
+                return picture, time.perf_counter(), await put_together(model, picture, hand_in)
 
 
 def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Collection[str] = ()) -> FastAPI:

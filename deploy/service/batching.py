@@ -55,7 +55,7 @@ class Batcher:
             places: the most pictures that are taken on at a time.
         """
         self._run = run
-        self._max_batch_size = max_batch_size
+        self.max_batch_size = max_batch_size
         self._max_wait = max_wait
         self._places = places
         self._taken = 0
@@ -124,7 +124,7 @@ class Batcher:
             return [], False
         batch = [first]
         deadline = first.since + self._max_wait
-        while len(batch) < self._max_batch_size:
+        while len(batch) < self.max_batch_size:
             # What lies ready is taken; for more it waits only while others are on their way.
             wait = deadline - time.perf_counter() if self._taken > len(batch) else 0
             try:

@@ -3,7 +3,9 @@
 A request on stdin is a line of JSON, {"bytes": ..., "input_size": [height, width], "mean": [...], "std": [...],
 "white_level": ... or null}, and so many bytes of a picture file. The answer on stdout is a line of JSON, {"error": "one
 line"}, or that of a picture, {"size": [height, width], "orientation": ..., "odd": what is wrong with its white, or
-null}, and the float32 of (3, height, width). The end of stdin ends the process.
+null, "shape": ...}, and the float32 of that shape, (3, height, width). With "raw": true in the request it is the uint8
+of (height, width, 3), resized but not normalised; "input_size" may be "original" then. The end of stdin ends the
+process.
 """
 
 import faulthandler
@@ -18,10 +20,12 @@ from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as a script: the folder above deploy/
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from deploy.common.cli import UserError
-from deploy.common.imaging import FORMATS, FULL_WHITE, decode, odd_white, preprocess, to_rgb
+from deploy.common.imaging import FORMATS, FULL_WHITE, decode, odd_white, preprocess, resize, to_rgb
+from deploy.common.tiles import ORIGINAL
 
 
 def main() -> None:
@@ -55,8 +59,12 @@ def answer_to(content: BinaryIO, max_pixels: int, request: dict[str, Any]) -> tu
         "orientation": orientation(content),
         "odd": odd_white(array, request["white_level"]),
     }
-    picture = to_rgb(array, request["white_level"] or FULL_WHITE)
-    return told, preprocess(picture, *request["input_size"], request["mean"], request["std"]).data
+    item = to_rgb(array, request["white_level"] or FULL_WHITE)
+    if not request.get("raw"):
+        item = preprocess(item, *request["input_size"], request["mean"], request["std"])[0]
+    elif request["input_size"] != ORIGINAL:
+        item = resize(item, *request["input_size"])
+    return {**told, "shape": item.shape}, np.ascontiguousarray(item).data
 
 
 def orientation(content: BinaryIO) -> int:

@@ -8,6 +8,7 @@ takes what memory it likes, and a fault in C code ends all. A process takes 20 M
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
@@ -28,7 +29,7 @@ GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs
 class Decoded:
     """A picture."""
 
-    item: np.ndarray  # (3, H, W) float32, what the model takes
+    item: np.ndarray  # (3, H, W) float32, what the model takes; or raw, (h, w, 3) uint8 RGB, to be cut
     size: tuple[int, int]  # height and width in pixels, upright
     orientation: int  # of the file's pixels, 1 to 8 as EXIF counts it
     odd: str | None  # what is wrong with its white, see `odd_white`
@@ -59,8 +60,8 @@ class Decoders:
             decoder.stdin.close()
             await decoder.wait()
 
-    async def decode(self, content: bytes, description: Mapping[str, Any]) -> Decoded:
-        """A picture file -> the picture, for the model of this description.
+    async def decode(self, content: bytes, description: Mapping[str, Any], raw: bool = False) -> Decoded:
+        """A picture file -> the picture, for the model of this description; `raw`: resized, but not normalised.
 
         Whoever cancels it has the process killed soon, be it in C code: nobody waits for a picture that nobody wants.
 
@@ -70,7 +71,7 @@ class Decoders:
         async with self._turns:
             decoder = await self._free()
             begun = time.monotonic()
-            work = asyncio.ensure_future(ask(decoder, content, description))
+            work = asyncio.ensure_future(ask(decoder, content, description, raw))
             try:
                 answer = await asyncio.shield(work)
             except asyncio.CancelledError:
@@ -108,13 +109,14 @@ def command(limits: Limits) -> list[str]:
     return [sys.executable, str(script), *map(str, (limits.pixels, limits.decode_seconds, limits.decoder_bytes))]
 
 
-async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> Decoded | str:
+async def ask(decoder: Process, content: bytes, description: Mapping[str, Any], raw: bool) -> Decoded | str:
     """What the process makes of a picture file: the picture, or what is wrong with the file.
 
     Raises:
         EOFError, OSError: it has ended.
     """
-    request = {key: description[key] for key in ("input_size", "mean", "std", "white_level")} | {"bytes": len(content)}
+    request = {key: description[key] for key in ("input_size", "mean", "std", "white_level")}
+    request |= {"bytes": len(content), "raw": raw}
     decoder.stdin.writelines([json.dumps(request).encode(), b"\n", content])
     await decoder.stdin.drain()
     line = await decoder.stdout.readline()
@@ -123,7 +125,7 @@ async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) 
     answer = json.loads(line)
     if "error" in answer:
         return answer["error"]
-    height, width = description["input_size"]
-    data = await decoder.stdout.readexactly(3 * height * width * 4)
-    item = np.frombuffer(data, np.float32).reshape(3, height, width)
+    kind = np.dtype(np.uint8 if raw else np.float32)
+    data = await decoder.stdout.readexactly(math.prod(answer["shape"]) * kind.itemsize)
+    item = np.frombuffer(data, kind).reshape(answer["shape"])
     return Decoded(item, tuple(answer["size"]), answer["orientation"], answer["odd"])

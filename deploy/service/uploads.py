@@ -56,7 +56,9 @@ class Options(BaseModel):
     )
     map: bool = Field(False, description="true: answer the anomaly map too")
     map_size: Literal["model", "original"] = Field(
-        "model", description="of the map: the model's input size, or original: that of the picture, upright"
+        "model",
+        description="of the map: that at which the model looks at a picture, made of tiles 1024 pixels at most; or "
+        "original: that of the picture, upright",
     )
 
 
