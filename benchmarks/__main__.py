@@ -35,7 +35,7 @@ from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.common.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
-SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands", "model")
+SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands", "tiles", "model")
 RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
     "own framework fp32": ("paddle", "fp32", False),
     "ONNX Runtime fp32": ("onnxruntime", "fp32", False),
@@ -156,6 +156,8 @@ def measured(
         yield from measure.threads(contenders, plan, threads)
     if "commands" in sections:
         yield from measure.commands(plan, data, "bottle", folder, bool(os.environ.get(WEIGHTS)))
+    if "tiles" in sections:
+        yield from measure.tiles(plan, data, "bottle", folder)
     if "model" in sections:
         yield from measure.time_to_model(data, "bottle", folder, anomalib)
 

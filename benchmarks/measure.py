@@ -11,14 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from benchmarks.inputs import ROOT, TEST, TRAIN, spread, write_bottle
 from benchmarks.processes import QUIET, Contender, Worker, run_command
 from benchmarks.report import ANOMALIB, ANOMALIB_NARROW, OURS, PUBLISHED, TUNED, Figure
 from deploy.common.cli import UserError
 from deploy.common.files import make_folder
+from deploy.common.imaging import write_picture
 from utils.config import load_config
 
 MODEL_PICTURES = 200  # good ones, that a model is made of
+SIDES = (512, 1024, 2048, 4096, 8192)
 SIZE = 256
 Name = TypeVar("Name", bound=Hashable)  # of a contender
 
@@ -38,10 +42,13 @@ class Plan:
     epoch_rounds: int
     maps: tuple[int, ...]  # of an evaluation
     starts: int  # runs of each command
+    cut: tuple[int, ...]  # sides of pictures that are cut into tiles
 
 
-FULL = Plan(5, 3, 5, 15, 1.5, (8, 32), (128, 256, 384, 512), ((25, 10), (75, 30), (TRAIN, TEST)), 2, (20, 40, TEST), 5)
-QUICK = Plan(3, 1, 1, 3, 0.5, (8,), (64, 128), ((8, 4), (16, 8)), 1, (20, TEST), 1)
+FULL = Plan(
+    5, 3, 5, 15, 1.5, (8, 32), (128, 256, 384, 512), ((25, 10), (75, 30), (TRAIN, TEST)), 2, (20, 40, TEST), 5, SIDES
+)
+QUICK = Plan(3, 1, 1, 3, 0.5, (8,), (64, 128), ((8, 4), (16, 8)), 1, (20, TEST), 1, SIDES[:2])
 
 
 @contextmanager
@@ -277,6 +284,33 @@ def commands(plan: Plan, data: Path, category: str, folder: Path, has_weights: b
                 samples[key].append(finished.seconds)
     for key, (title, _) in started_commands.items():
         yield Figure(key, "Cold start of commands", title, "s", {OURS: samples[key]})
+
+
+def tiles(plan: Plan, data: Path, category: str, folder: Path) -> Iterator[Figure]:
+    """Time and peak memory of deploy/infer.py on one grey picture that is cut into tiles, by the picture's side.
+
+    The time is the command's, from its start to its end. `folder` is where all is written.
+    """
+    python = sys.executable
+    named = ["--exp_dir", "tiles", "-cat", category]
+    config = ["-cfg", str(ROOT / "configs/resnet18.yaml"), "-o", "pretrained=offline", "-o", "steps=1"]
+    config += ["-o", f"tile={SIZE}", "-o", "input_size=original", "-o", "eval_interval=-1"]
+    run_command([python, str(ROOT / "train.py"), *config, *named, "--data", str(data)], folder)
+    model = ["--save_inference_dir", str(folder / "tiles")]
+    run_command([python, str(ROOT / "deploy/export_model.py"), *config, *named, *model, "--format", "onnx"], folder)
+    command = [python, str(ROOT / "deploy/infer.py"), *model, "--backend", "openvino", "--batch_size", "8"]
+    for side in plan.cut:
+        picture = folder / f"{side}.png"
+        noise = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+        write_picture(picture, noise)
+        finished = run_command([*command, "--image_path", str(picture)], folder)
+        picture.unlink()
+        title = f"{side} x {side} pixels"
+        yield Figure(f"tiles/{side}", "One picture in tiles of 256", title, "s", {OURS: [finished.seconds]}, side)
+        yield Figure(
+            f"tiles memory/{side}", "Peak memory of one picture in tiles of 256", title, "bytes",
+            {OURS: [float(finished.peak)]},
+        )  # fmt: skip
 
 
 def time_to_model(data: Path, category: str, folder: Path, anomalib: str | None) -> Iterator[Figure]:

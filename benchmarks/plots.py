@@ -17,6 +17,7 @@ CURVES = {
     "growth_size": ("size", "side of a picture [pixels]", "training step, batch 8, with the backbone"),
     "growth_threads": ("threads", "threads", "training step, batch 8, with the backbone"),
     "growth_pictures": ("epoch", "training pictures (and 2/5 as many test pictures)", "first epoch with evaluation"),
+    "growth_tiles": ("tiles", "side of a picture [pixels]", "one picture in tiles of 256, deploy/infer.py in OpenVINO"),
     "growth_evaluation": ("evaluation", "anomaly maps", "evaluation to both AUROCs"),
 }
 

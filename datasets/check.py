@@ -21,6 +21,7 @@ from datasets import layout
 from datasets.mvtec import LARGEST_INDEX, READERS, Category, hold_out, list_categories, load_category
 from deploy.common.cli import ArgumentParser, UserError, printable, report_error, run_main, share
 from deploy.common.imaging import FORMATS, FULL_WHITE, decode
+from deploy.common.tiles import ROI_FILE
 
 HOLDOUT = 0.1  # share of the good pictures that the configs for one's own pictures hold out
 USUAL_RATE = 0.05  # of false alarms, which eval.py promises where it is not told another
@@ -317,7 +318,7 @@ def _name_what_is_left_out(report: Report, category: Category, sound: dict[Path,
         )
     tops = [category.folder, *dict.fromkeys(path.parent for path in used)]
     for top in tops:
-        direct = [path for path in top.iterdir() if path.is_file() and layout.is_image(path)]
+        direct = [path for path in top.iterdir() if path != category.folder / ROI_FILE and path.is_file() and layout.is_image(path)]
         if direct:
             report.warnings.append(
                 f"left out: {len(direct)} pictures that lie in {top.name} itself ({_paths(direct, category)})"
