@@ -1,26 +1,34 @@
 """Evaluate: python eval.py -cfg ./configs/resnet18.yaml --data ./data -cat all --exp_dir exp"""
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets.mvtec import list_categories, load_category, load_ground_truth
+from datasets.mvtec import Category, GroundTruth, list_categories, load_category, load_ground_truth
 from deploy.common.cli import UserError, add_min_area, report_error, run_main, share, warn
-from deploy.common.decisions import PUBLISHED_THRESHOLDS
+from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
 from deploy.common.imaging import PictureReader
-from deploy.common.tiles import kept_part
+from deploy.common.tiles import Layout, kept_part
 from utils.config import Config
-from utils.html_report import write_report
+from utils.html_report import Evaluated, write_report
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
 from utils.results import UNSTATED, describe_lack, evaluation_line, experiment_folder
-from utils.sensitivity import load_sensitivity, measure_sensitivity, print_sensitivity, short_form, write_sensitivity
+from utils.sensitivity import (
+    Sensitivity,
+    load_sensitivity,
+    measure_sensitivity,
+    print_sensitivity,
+    short_form,
+    write_sensitivity,
+)
 from utils.thresholds import (
     FALSE_ALARM_RATE,
     FILE_NAME,
     PUBLISHED_RULE,
     RULES,
+    Calibration,
     alarm_line,
     broken_promise,
     calibrate_f1,
@@ -31,6 +39,10 @@ from utils.thresholds import (
     withdraw_thresholds,
     write_thresholds,
 )
+
+if TYPE_CHECKING:
+    from models.fastflow import FastFlow  # these import paddle, which scripts must set up before
+    from utils.evaluation import Scores
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,6 +92,50 @@ def main() -> int:
     return 2 if failed else 0
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A category and the model that is evaluated on it."""
+
+    category: Category
+    truth: GroundTruth  # of its test pictures
+    held_out: list[Path]  # good pictures that the training did not see, where they are asked for
+    read: PictureReader
+    path: Path  # of the checkpoint
+    checkpoint: dict[str, Any]
+    model: "FastFlow"
+    layout: Layout  # what is done with a picture on its way through the model
+    rule: str  # of the thresholds
+    kept: Thresholds | None  # that were stored before, and stay
+
+    @property
+    def name(self) -> str:
+        """Of the category."""
+        return self.category.name
+
+    @property
+    def config(self) -> Config:
+        """Of the model."""
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation has come to."""
+
+    scores: "Scores"  # of the test pictures
+    figures: dict[str, float | None]
+    calibration: Calibration | None
+    thresholds: Thresholds  # of the rule
+    decisions: dict[str, float | None]  # their outcome
+    stored: Thresholds  # what predict.py and export go on with
+    sensitivity: Sensitivity | None
+
+    @property
+    def rate(self) -> float | None:
+        """Of false alarms, that the thresholds promise."""
+        return self.calibration and self.calibration.false_alarm_rate
+
+
 def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, first: bool) -> dict[str, Any]:
     """Measure one category, calibrate its thresholds, draw its pictures; `first` of those that are evaluated.
 
@@ -89,11 +145,53 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     Raises:
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
-    from utils.checkpoint import epoch_of, layout_of, load_model, selection_of, white_level_of
-    from utils.evaluation import Scores, measure_all, measure_defects, measure_regions, score_images
-    from utils.features import CacheBudget, FeatureCache, map_size
+    # Everything is read and computed before anything is written.
+    subject = look_up(config, args, name, folder)
+    if first:
+        print(f"Model A.D. Param#: {subject.model.trainable_parameters()}")
+    found = measure(subject, args)
+    row = entry(subject, found, args)
 
-    # ---- everything is read and computed before anything is written
+    tell(subject, found)
+    keep_thresholds(subject, found, args)
+    paths = [image.path for image in subject.category.test]
+    scores, truth, stored = found.scores, subject.truth, found.stored
+    draw_evaluation(folder / "evaluation", paths, scores, truth, found.figures, stored, subject.read)
+    if args.save_maps:
+        save_maps(folder / "maps.npz", paths, scores, truth)
+    if found.sensitivity:
+        write_sensitivity(found.sensitivity, subject.path)
+        print_sensitivity(name, found.sensitivity.content)
+    sensitivity = load_sensitivity(subject.path, stored.image)  # that train.py measured, perhaps
+    row["sensitivity"] = sensitivity and short_form(sensitivity)
+    decided = outcome(subject.kept, scores, truth) if subject.kept else found.decisions
+    write_report(
+        Evaluated(
+            folder=folder,
+            row=row,
+            category=subject.category,
+            checkpoint=subject.checkpoint,
+            config=subject.config,
+            scores=scores,
+            truth=truth,
+            thresholds=stored,
+            decisions={"false_alarm_rate": found.rate, **decided},
+            sensitivity=sensitivity,
+            read=subject.read,
+        )
+    )
+    return row
+
+
+def look_up(config: Config, args: argparse.Namespace, name: str, folder: Path) -> Subject:
+    """Read what is evaluated.
+
+    Raises:
+        UserError: data or checkpoint are missing or damaged, or the options do not fit them.
+    """
+    from utils.checkpoint import layout_of, load_model, white_level_of
+    from utils.features import map_size
+
     category = load_category(Path(args.data), name)
     path = folder / ("last.pdparams" if args.is_last else "best.pdparams")
     model, checkpoint = load_model(config, path, own_overrides(args))
@@ -107,95 +205,122 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         held_out = held_out_pictures(category, checkpoint, path, wanted_by)
     kept = load_thresholds(path, config) if rule == PUBLISHED_RULE and not args.threshold_rule else None
     layout = layout_of(checkpoint, config, path)
-    paths = [image.path for image in category.test]
-    size = map_size(layout, paths)
+    size = map_size(layout, [image.path for image in category.test])
     truth = load_ground_truth(category.test, size, config.mask_rule, kept_part(layout.roi, size))
-    if first:
-        print(f"Model A.D. Param#: {model.trainable_parameters()}")
-
     read = PictureReader(white_level_of(checkpoint, config))
+    return Subject(category, truth, held_out, read, path, checkpoint, model, layout, rule, kept)
+
+
+def measure(subject: Subject, args: argparse.Namespace) -> Findings:
+    """Score the pictures and calibrate the thresholds.
+
+    Raises:
+        UserError: a picture cannot be read, or the model is broken.
+    """
+    from utils.evaluation import Scores, measure_all, score_images
+    from utils.features import CacheBudget, FeatureCache
+
+    category, model, truth, read = subject.category, subject.model, subject.truth, subject.read
+    layout = subject.layout
 
     def score(pictures: list[Path]) -> Scores:
         budget = CacheBudget.from_options(args.cache_memory, args.cache_disk, args.cache_device)
-        return score_images(model, FeatureCache(model.feature_extractor, pictures, layout, budget, name, read))
+        return score_images(model, FeatureCache(model.feature_extractor, pictures, layout, budget, category.name, read))
 
-    scores = score(paths)
+    scores = score([image.path for image in category.test])
     figures = measure_all(scores, truth)
+    unseen = score(subject.held_out) if subject.held_out else None
     calibration = None
-    unseen = score(held_out) if held_out else None
-    if rule == "quantile":
-        calibration = calibrate_quantile(
-            category.good_folders[0].path, unseen, args.false_alarm_rate or FALSE_ALARM_RATE
-        )
-    elif rule == "f1":
-        calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
+    if subject.rule == "quantile":
+        rate = args.false_alarm_rate or FALSE_ALARM_RATE
+        calibration = calibrate_quantile(category.good_folders[0].path, unseen, rate)
+    elif subject.rule == "f1":
+        calibration = calibrate_f1(Path(args.data) / category.name / "test", figures, scores, truth)
     thresholds = calibration.thresholds if calibration else PUBLISHED_THRESHOLDS
-    decisions = outcome(thresholds, scores, truth)
-    rate = calibration and calibration.false_alarm_rate
-    defects = measure_defects(scores, truth, category.test, config, thresholds.image)
-    stored = kept or thresholds  # what predict.py and export go on with
-    measured = None
+    stored = subject.kept or thresholds
+    sensitivity = None
     if args.sensitivity:
-        measured = measure_sensitivity(model, layout, held_out, unseen.image, stored, rate, read)
-    min_area = config.min_area if args.min_area is None else args.min_area
-    regions = measure_regions(scores, truth, category.test, replace(thresholds, min_area=min_area))
+        rate = calibration and calibration.false_alarm_rate
+        sensitivity = measure_sensitivity(model, layout, subject.held_out, unseen.image, stored, rate, read)
+    decisions = outcome(thresholds, scores, truth)
+    return Findings(scores, figures, calibration, thresholds, decisions, stored, sensitivity)
 
-    # ---- files
-    print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
+
+def tell(subject: Subject, found: Findings) -> None:
+    """Print the AUROCs and the false alarms, and why there are none."""
+    name, truth = subject.name, subject.truth
+    print(evaluation_line(found.figures["image_auroc"], found.figures["pixel_auroc"]))
     if lacking := describe_lack(truth.labels):
         warn(f"{name}: {lacking}, so there is no AUROC")
     elif truth.masks is None:
         warn(f"{name}: has defects without masks under ground_truth, so there are no pixel figures")
-    if paths:
-        print(f"{name}: {alarm_line(decisions, rate)}")
-    as_folders_say = all(label or not image.defect for image, label in zip(category.test, truth.labels, strict=True))
-    if rate and as_folders_say and (broken := broken_promise(decisions, rate)):
+    test = subject.category.test
+    if test:
+        print(f"{name}: {alarm_line(found.decisions, found.rate)}")
+    as_folders_say = all(label or not image.defect for image, label in zip(test, truth.labels, strict=True))
+    if found.rate and as_folders_say and (broken := broken_promise(found.decisions, found.rate)):
         warn(f"{name}: {broken}")
+
+
+def keep_thresholds(subject: Subject, found: Findings, args: argparse.Namespace) -> None:
+    """Store the thresholds beside the checkpoint, or say what is stored there.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    from utils.checkpoint import epoch_of
+
+    name, path = subject.name, subject.path
     if args.is_last:
-        if rule != PUBLISHED_RULE:
+        if subject.rule != PUBLISHED_RULE:
             print(f"{name}: thresholds are stored for best.pdparams only; with --is_last they stay as they are")
-    elif calibration:
-        file = write_thresholds(path, epoch_of(checkpoint), config, calibration, decisions)
-        print(f"{name}: thresholds {thresholds.describe()}, written to {file}")
-    elif kept:
+    elif found.calibration:
+        epoch = epoch_of(subject.checkpoint)
+        file = write_thresholds(path, epoch, subject.config, found.calibration, found.decisions)
+        print(f"{name}: thresholds {found.thresholds.describe()}, written to {file}")
+    elif subject.kept:
         print(
-            f"{name}: predict.py and export go on with {kept.describe()} of {folder / FILE_NAME}; "
+            f"{name}: predict.py and export go on with {subject.kept.describe()} of {path.parent / FILE_NAME}; "
             "eval.py --threshold_rule published removes it"
         )
     elif args.threshold_rule == PUBLISHED_RULE:
         withdraw_thresholds(path)
-    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, stored, read)
-    if args.save_maps:
-        save_maps(folder / "maps.npz", paths, scores, truth)
-    if measured:
-        write_sensitivity(measured, path)
-        print_sensitivity(name, measured.content)
-    sensitivity = load_sensitivity(path, stored.image)  # that train.py measured, perhaps
-    row = {
-        **figures,
+
+
+def entry(subject: Subject, found: Findings, args: argparse.Namespace) -> dict[str, Any]:
+    """What eval.json says of the category, but for its sensitivity.
+
+    Raises:
+        UserError: a mask cannot be read.
+    """
+    from utils.checkpoint import epoch_of, selection_of
+    from utils.evaluation import measure_defects, measure_regions
+
+    test, scores, truth, thresholds = subject.category.test, found.scores, subject.truth, found.thresholds
+    checkpoint, config = subject.checkpoint, subject.config
+    min_area = config.min_area if args.min_area is None else args.min_area
+    regions = measure_regions(scores, truth, test, replace(thresholds, min_area=min_area))
+    return {
+        **found.figures,
         "selection": selection_of(checkpoint, args.is_last),
-        "checkpoint": str(path),
+        "checkpoint": str(subject.path),
         "epoch": epoch_of(checkpoint),
         "epoch_in_file": int(checkpoint["epoch"]),
         "backbone": checkpoint.get("backbone") or UNSTATED,
         **config.scoring,
-        "images": len(category.test),
+        "images": len(test),
         "anomalous_images": int(truth.labels.sum()),
-        "images_with_mask": sum(bool(image.masks) for image in category.test),
+        "images_with_mask": sum(bool(image.masks) for image in test),
         "decisions": {
             "rule": thresholds.rule,
             "image": thresholds.image,
             "pixel": thresholds.pixel,
-            "false_alarm_rate": rate,
-            **decisions,
+            "false_alarm_rate": found.rate,
+            **found.decisions,
         },
-        "defects": defects,
+        "defects": measure_defects(scores, truth, test, config, thresholds.image),
         "regions": regions and {"min_area": min_area, **regions},
-        "sensitivity": sensitivity and short_form(sensitivity),
     }
-    decided = {"false_alarm_rate": rate, **(outcome(kept, scores, truth) if kept else decisions)}
-    write_report(folder, row, category, checkpoint, config.as_dict(), scores, truth, stored, decided, sensitivity, read)
-    return row
 
 
 if __name__ == "__main__":

@@ -318,7 +318,11 @@ def _name_what_is_left_out(report: Report, category: Category, sound: dict[Path,
         )
     tops = [category.folder, *dict.fromkeys(path.parent for path in used)]
     for top in tops:
-        direct = [path for path in top.iterdir() if path != category.folder / ROI_FILE and path.is_file() and layout.is_image(path)]
+        direct = [
+            path
+            for path in top.iterdir()
+            if path != category.folder / ROI_FILE and path.is_file() and layout.is_image(path)
+        ]
         if direct:
             report.warnings.append(
                 f"left out: {len(direct)} pictures that lie in {top.name} itself ({_paths(direct, category)})"

@@ -23,7 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import FILES, OLD_PROGRAM, model_files
 from deploy.common.cli import DISK_FULL, UserError, run_main
-from deploy.common.decisions import PUBLISHED_THRESHOLDS
+from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
 from deploy.common.files import flush, hold_folder, make_folder, sha256
 from deploy.common.imaging import MEAN, PUBLISHED_RULE, STD, png
-from deploy.common.tiles import ORIGINAL, ROI_FILE
+from deploy.common.tiles import ORIGINAL, ROI_FILE, Layout
+from utils.config import Config
 from utils.options import add_category, common_parser, own_overrides, prepare
 from utils.results import category_folder
 from utils.thresholds import FILE_NAME, load_thresholds
@@ -74,7 +75,7 @@ def main() -> None:
     import paddle
 
     from models.export_form import InferenceForm
-    from utils.checkpoint import epoch_of, layout_of, load_model, white_level_of
+    from utils.checkpoint import layout_of, load_model
 
     versions = {"paddle": paddle.__version__}
     to_onnx = args.format in ("onnx", "all")
@@ -82,12 +83,37 @@ def main() -> None:
         versions |= converter_versions()
     checkpoint_path = category_folder(args.exp_dir, args.category) / "best.pdparams"
     model, checkpoint = load_model(config, checkpoint_path, own_overrides(args))
-    config = model.config
-    thresholds = load_thresholds(checkpoint_path, config) or PUBLISHED_THRESHOLDS
-    layout = layout_of(checkpoint, config, checkpoint_path)
+    layout = layout_of(checkpoint, model.config, checkpoint_path)
+    thresholds = load_thresholds(checkpoint_path, model.config) or PUBLISHED_THRESHOLDS
     target = make_folder(Path(args.save_inference_dir))
     description = {
         "category": args.category,
+        **describe(model.config, layout, checkpoint, thresholds),
+        "checkpoint": str(checkpoint_path),
+        "checkpoint_sha256": sha256(checkpoint_path),
+        "versions": versions,
+    }
+    with replaced_together(target) as aside:
+        write_program(InferenceForm(model), model.config.size, aside)
+        if to_onnx:
+            write_onnx(aside, description)
+        if args.format == "onnx":
+            for name in model_files(aside, "paddle"):
+                (aside / name).unlink()
+        if layout.roi is not None:
+            (aside / ROI_FILE).write_bytes(png(layout.roi, 255))
+        description["sha256"] = {file.name: sha256(file) for file in sorted(aside.iterdir())}
+        (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
+    if thresholds.rule != PUBLISHED_RULE:
+        print(f"thresholds: {thresholds.describe()}; {checkpoint_path.parent / FILE_NAME}")
+    print(f"inference model has been saved into {args.save_inference_dir}")
+
+
+def describe(config: Config, layout: Layout, checkpoint: Mapping[str, Any], thresholds: Thresholds) -> dict[str, Any]:
+    """What inference.yml says of how pictures are prepared and decided on, and where the weights are from."""
+    from utils.checkpoint import epoch_of, white_level_of
+
+    return {
         "input_size": list(layout.input_size) if layout.input_size else ORIGINAL,  # height, width
         "resize": "bilinear",  # of deploy.common.imaging.resize, whatever the shape of the picture
         "mean": list(MEAN),
@@ -101,28 +127,26 @@ def main() -> None:
         "threshold_rule": thresholds.rule,
         "pixel_threshold_rule": thresholds.pixel_rule,
         "min_area": config.min_area,  # of regions, in pixels of the picture
-        "checkpoint": str(checkpoint_path),
-        "checkpoint_sha256": sha256(checkpoint_path),
         "epoch": epoch_of(checkpoint),
         "backbone": checkpoint.get("backbone"),
-        "versions": versions,
     }
-    # All files are made aside and then renamed, so that an export that fails leaves the one before as it was.
+
+
+@contextlib.contextmanager
+def replaced_together(target: Path) -> Iterator[Path]:
+    """Within it an empty folder is there, whose files then take the place of the export in `target`.
+
+    An export that fails leaves the one before as it was. This process holds the folder from then on.
+
+    Raises:
+        UserError: another process holds it, or the files cannot be written.
+    """
     hold_folder(target)
     aside = target / ".export"
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
         aside.mkdir()
-        write_program(InferenceForm(model), config.size, aside)
-        if to_onnx:
-            write_onnx(aside, description)
-        if args.format == "onnx":
-            for name in model_files(aside, "paddle"):
-                (aside / name).unlink()
-        if layout.roi is not None:
-            (aside / ROI_FILE).write_bytes(png(layout.roi, 255))
-        description["sha256"] = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        (aside / "inference.yml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
+        yield aside
         made = sorted(aside.iterdir())
         for file in made:
             flush(file)
@@ -137,9 +161,6 @@ def main() -> None:
         raise UserError(f"{target}: the export cannot be written ({error.strerror or error}){advice}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    if thresholds.rule != PUBLISHED_RULE:
-        print(f"thresholds: {thresholds.describe()}; {checkpoint_path.parent / FILE_NAME}")
-    print(f"inference model has been saved into {args.save_inference_dir}")
 
 
 def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) -> None:

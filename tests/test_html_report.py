@@ -12,7 +12,7 @@ from datasets.mvtec import load_category, load_ground_truth
 from deploy.common.decisions import PUBLISHED_THRESHOLDS, Thresholds
 from deploy.common.imaging import read_rgb
 from utils.evaluation import Scores, measure_all, measure_defects
-from utils.html_report import write_report
+from utils.html_report import Evaluated, write_report
 from utils.report import draw_evaluation
 from utils.results import OFFLINE, UNSTATED
 from utils.thresholds import outcome
@@ -93,19 +93,9 @@ def reported(config, tmp_path):
         draw_evaluation(checkpoint.parent / "evaluation", paths, scores, truth, figures, thresholds, read_rgb)
         decisions = {"false_alarm_rate": rate, **outcome(thresholds, scores, truth)}
         of_checkpoint.setdefault("learnt_from", category.digest_of(category.train[1:]))
-        write_report(
-            checkpoint.parent,
-            row,
-            category,
-            {"held_out": ["0.png"], **of_checkpoint},
-            config.as_dict(),
-            scores,
-            truth,
-            thresholds,
-            decisions,
-            sensitivity,
-            read_rgb,
-        )
+        written = {"held_out": ["0.png"], **of_checkpoint}
+        of = (checkpoint.parent, row, category, written, config, scores, truth, thresholds, decisions, sensitivity)
+        write_report(Evaluated(*of, read_rgb))
         path = checkpoint.parent / "report.html"
         text = path.read_text(encoding="utf-8")
         return path, text, Page(text)

@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from deploy.common.cli import escaped, printable
 from deploy.common.decisions import Thresholds
 from deploy.common.files import sha256, write_text
 from deploy.common.imaging import FORMATS, decision_line, draw_panels
+from utils.config import Config
 from utils.intervals import BINS, DRAWS, intervals, rate_interval
 from utils.report import TITLES, Row, defect_notes, defect_table, describe_epoch
 from utils.results import OFFLINE, describe_backbone, describe_lack, describe_selection, figure
@@ -63,100 +65,87 @@ INTERVALS = (
 )
 
 
-def write_report(
-    folder: Path,
-    row: Row,
-    category: Category,
-    checkpoint: Mapping[str, Any],
-    config: Mapping[str, Any],
-    scores: "Scores",
-    truth: GroundTruth,
-    thresholds: Thresholds,
-    decisions: Mapping[str, Any],
-    sensitivity: Mapping[str, Any] | None,
-    read: Callable[[Path], np.ndarray],
-) -> None:
-    """Write report.html, of what `utils.report.draw_evaluation` and train.py have left in the folder too.
+@dataclass(frozen=True)
+class Evaluated:
+    """A category and what an evaluation has found of it."""
 
-    Args:
-        folder: of the category's results.
-        row: its entry in eval.json.
-        category: the pictures.
-        checkpoint: what the model was filled from.
-        config: of the model.
-        scores, truth: of the test pictures, none perhaps.
-        thresholds: that predict.py goes on with.
-        decisions: their `utils.thresholds.outcome`, with the promised `false_alarm_rate`, None if there is none.
-        sensitivity: what sensitivity.json holds, None if nothing was measured with these thresholds.
-        read: gives a picture, (h, w, 3) uint8 RGB.
+    folder: Path  # of its results, where train.py and `utils.report.draw_evaluation` have left theirs too
+    row: Row  # its entry in eval.json
+    category: Category
+    checkpoint: Mapping[str, Any]  # that the model was filled from
+    config: Config  # of the model
+    scores: "Scores"  # of the test pictures, none perhaps
+    truth: GroundTruth  # of them
+    thresholds: Thresholds  # that predict.py goes on with
+    decisions: Mapping[str, Any]  # their `utils.thresholds.outcome`, and the promised `false_alarm_rate` or None
+    sensitivity: Mapping[str, Any] | None  # what sensitivity.json holds of these thresholds
+    read: Callable[[Path], np.ndarray]  # gives a picture, (h, w, 3) uint8 RGB
+
+
+def write_report(of: Evaluated) -> None:
+    """Write report.html into the folder.
 
     Raises:
         UserError: it cannot be written.
     """
-    wrong = (scores.image > thresholds.image) != truth.labels
-    worst = [_cards(category, scores, truth, thresholds, read, of, wrong) for of in (~truth.labels, truth.labels)]
-    learnt, changed = _learnt_from(category, checkpoint)
+    learnt, changed = _learnt_from(of.category, of.checkpoint)
     parts = [
-        _summary(folder, row, truth, thresholds, decisions, sensitivity, changed),
-        _figures(row, scores, truth, config["seed"]),
+        _summary(of, changed),
+        _figures(of),
         _heading("Decisions at the threshold", "按阈值的判定"),
-        _confusion(decisions),
-        f"<p class=soft>{_safe(thresholds.describe())}</p>",
+        _confusion(of.decisions),
+        f"<p class=soft>{_safe(of.thresholds.describe())}</p>",
         "<div class=cards>",
-        _image(folder / "evaluation/scores.png", "Histogram of the image scores of good and defect pictures"),
-        _image(folder / "evaluation/roc.png", "ROC curves"),
+        _image(of.folder / "evaluation/scores.png", "Histogram of the image scores of good and defect pictures"),
+        _image(of.folder / "evaluation/roc.png", "ROC curves"),
         "</div>",
-        _findings(folder, sensitivity),
-        _defects(category.name, row),
-        *worst,
-        _training(folder, row, checkpoint, config, learnt),
-        _repeat(folder, category, config),
+        _findings(of.folder, of.sensitivity),
+        _defects(of.category.name, of.row),
+        _cards(of, False),
+        _cards(of, True),
+        _training(of, learnt),
+        _repeat(of),
     ]
     page = Template(PAGE.read_text(encoding="utf-8"))
-    title = _safe(f"{category.name}: report")
-    write_text(folder / "report.html", page.substitute(title=title, body="\n".join(parts)))
+    title = _safe(f"{of.category.name}: report")
+    write_text(of.folder / "report.html", page.substitute(title=title, body="\n".join(parts)))
 
 
-def _summary(
-    folder: Path,
-    row: Row,
-    truth: GroundTruth,
-    thresholds: Thresholds,
-    decisions: Mapping[str, Any],
-    sensitivity: Mapping[str, Any] | None,
-    changed: Sequence[str],
-) -> str:
+def _summary(of: Evaluated, changed: Sequence[str]) -> str:
     """The title, what matters most, and what a reader must know before the figures are trusted."""
+    thresholds, decisions, labels = of.thresholds, of.decisions, of.truth.labels
+    rate = decisions["false_alarm_rate"]
     short = [f"A picture is called an anomaly above a score of {thresholds.image:.3f} (rule: {thresholds.rule})."]
-    if truth.labels.size:
-        short.append(f"On the test pictures: {alarm_line(decisions, decisions['false_alarm_rate'])}.")
-    short.append(f"Drawn defects: {sensitivity['line']}." if sensitivity else NO_SENSITIVITY)
-    lack = describe_lack(truth.labels)
-    broken = decisions["false_alarm_rate"] and broken_promise(decisions, decisions["false_alarm_rate"])
+    if labels.size:
+        short.append(f"On the test pictures: {alarm_line(decisions, rate)}.")
+    short.append(f"Drawn defects: {of.sensitivity['line']}." if of.sensitivity else NO_SENSITIVITY)
+    lack = describe_lack(labels)
+    broken = rate and broken_promise(decisions, rate)
     optimistic = "was chosen on these test pictures: on new ones it will be worse."
+    offline = of.row["backbone"]["source"] == OFFLINE
     cautions = [
-        (row["backbone"]["source"] == OFFLINE, "The backbone has no ImageNet weights: accuracy figures mean nothing."),
+        (offline, "The backbone has no ImageNet weights: accuracy figures mean nothing."),
         (lack, f"The category {lack}, so there is no AUROC."),
-        (row["selection"] == "test_auroc" and truth.labels.size, f"The checkpoint {optimistic}"),
+        (of.row["selection"] == "test_auroc" and labels.size, f"The checkpoint {optimistic}"),
         (thresholds.rule == "f1", f"The threshold {optimistic}"),
         (thresholds.rule == "published", "The threshold is the published one; it was not made for these pictures."),
         (broken, f"{broken}."),
     ]
     notes = [*(text for holds, text in cautions if holds), *changed]
-    about = f"Anomaly detection with FastFlow; {folder.parent.name}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    about = f"Anomaly detection with FastFlow; {of.folder.parent.name}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     return (
-        f"<h1>{_safe(folder.name)}</h1><p class=soft>{_safe(about)}</p>"
+        f"<h1>{_safe(of.folder.name)}</h1><p class=soft>{_safe(about)}</p>"
         f"<div class=first>{_list(short)}{_list(notes, 'wrong')}</div>"
     )
 
 
-def _figures(row: Row, scores: "Scores", truth: GroundTruth, seed: int) -> str:
-    if not truth.labels.size:
-        return f"{_heading('Figures', '指标')}<p>There are no test pictures, so nothing could be measured.</p>"
-    spans = intervals(scores, truth, seed)
-    lines = [[title, figure(row[key]), _span(spans.get(key))] for key, title in TITLES.items()]
-    table = _table([["figure", "value", "95% interval"], *lines])
-    return f"{_heading('Figures', '指标')}{table}<p class=soft>{_safe(INTERVALS)}</p>"
+def _figures(of: Evaluated) -> str:
+    heading = _heading("Figures", "指标")
+    if not of.truth.labels.size:
+        return f"{heading}<p>There are no test pictures, so nothing could be measured.</p>"
+    spans = intervals(of.scores, of.truth, of.config.seed)
+    lines = [[title, figure(of.row[key]), _span(spans.get(key))] for key, title in TITLES.items()]
+    return f"{heading}{_table([['figure', 'value', '95% interval'], *lines])}<p class=soft>{_safe(INTERVALS)}</p>"
 
 
 def _findings(folder: Path, sensitivity: Mapping[str, Any] | None) -> str:
@@ -173,30 +162,30 @@ def _defects(name: str, row: Row) -> str:
     return f"{_heading('By defect', '按缺陷')}{_table(table)}{_list(defect_notes({name: row}))}" if table else ""
 
 
-def _training(folder: Path, row: Row, checkpoint: Mapping[str, Any], config: Mapping[str, Any], learnt: str) -> str:
-    path, history = Path(row["checkpoint"]), checkpoint.get("history", [])
+def _training(of: Evaluated, learnt: str) -> str:
+    row, path, history = of.row, Path(of.row["checkpoint"]), of.checkpoint.get("history", [])
     tested = f"{row['images']}, {row['anomalous_images']} with a defect, {row['images_with_mask']} with a mask"
     seconds = sum(epoch["seconds"] for epoch in history)
     facts = [
         ["learnt from", learnt],
         ["test pictures", tested],
-        ["backbone", f"{config['backbone_name']}; weights: {describe_backbone(row['backbone'])}"],
+        ["backbone", f"{of.config.backbone_name}; weights: {describe_backbone(row['backbone'])}"],
         ["checkpoint", f"{path}, sha256 {sha256(path)[:12]}, epoch {describe_epoch(row)}"],
         ["chosen by", describe_selection(row["selection"])],
         ["time", f"{len(history)} epochs, {seconds:.0f} s" if history else "the checkpoint does not say"],
         ["versions", _versions()],
     ]
-    curves = _image(folder / "curves.png", "Losses, and AUROCs where they were measured, by epoch")
+    curves = _image(of.folder / "curves.png", "Losses, and AUROCs where they were measured, by epoch")
     return f"{_heading('Training', '训练')}<div class=facts>{_table([['', ''], *facts])}</div>{curves}"
 
 
-def _repeat(folder: Path, category: Category, config: Mapping[str, Any]) -> str:
+def _repeat(of: Evaluated) -> str:
     """The commands, and the settings that they use."""
-    train = ["python", "train.py", "-cfg", folder / "config.yaml", "--data", category.folder.parent]
-    train += ["--exp_dir", folder.parent.name, "-cat", category.name]
-    commands = [train] if (folder / "config.yaml").exists() else []
-    commands.append(["python", *sys.orig_argv[1:]])
-    settings = yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None).splitlines()
+    file = of.folder / "config.yaml"
+    train = ["python", "train.py", "-cfg", file, "--data", of.category.folder.parent]
+    train += ["--exp_dir", of.folder.parent.name, "-cat", of.category.name]
+    commands = [*([train] if file.exists() else []), ["python", *sys.orig_argv[1:]]]
+    settings = yaml.safe_dump(of.config.as_dict(), sort_keys=False, default_flow_style=None).splitlines()
     blocks = [_heading("To repeat it", "重现")]
     for lines in ([shlex.join(map(str, command)) for command in commands], settings):
         blocks.append("<pre>" + "\n".join(html.escape(escaped(line)) for line in lines) + "</pre>")
@@ -243,40 +232,30 @@ def _confusion(decisions: Mapping[str, Any]) -> str:
     return _table(lines)
 
 
-def _cards(
-    category: Category,
-    scores: "Scores",
-    truth: GroundTruth,
-    thresholds: Thresholds,
-    read: Callable[[Path], np.ndarray],
-    of: np.ndarray,
-    wrong: np.ndarray,
-) -> str:
-    """The worst of the good or of the defect pictures, with their maps, names, scores and what was decided.
-
-    `of` and `wrong` are (N,) bool: the pictures of this kind, and those that were decided wrongly.
-    """
-    indices = np.flatnonzero(of)
+def _cards(of: Evaluated, defects: bool) -> str:
+    """The worst of the good or of the defect pictures, with their maps, names, scores and what was decided."""
+    scores, truth, thresholds = of.scores, of.truth, of.thresholds
+    indices = np.flatnonzero(truth.labels == defects)
     if not len(indices):
         return ""
-    are_defects = truth.labels[indices[0]]
-    indices = indices[np.argsort(scores.image[indices] * (1 if are_defects else -1), kind="stable")][:SHOWN]
-    title, chinese = WORST[bool(are_defects)]
+    count, wrong = len(indices), (scores.image > thresholds.image) != truth.labels
+    indices = indices[np.argsort(scores.image[indices] * (1 if defects else -1), kind="stable")][:SHOWN]
+    title, chinese = WORST[defects]
     cards = []
     for i in indices:
-        path, score = category.test[i].path, float(scores.image[i])
+        path, score = of.category.test[i].path, float(scores.image[i])
         mask = None if truth.masks is None else truth.masks[i]
-        panels = draw_panels(read(path), scores.pixel[i], thresholds.pixel, mask)
+        panels = draw_panels(of.read(path), scores.pixel[i], thresholds.pixel, mask)
         height, width = panels[0].shape[:2]
         factor = PANEL / max(height, width)
         size = max(round(width * factor), 1), max(round(height * factor), 1)
         joined = np.concatenate([cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in panels], axis=1)
-        text = f"{path.relative_to(category.folder)}: {decision_line(score, thresholds.image)}"
+        text = f"{path.relative_to(of.category.folder)}: {decision_line(score, thresholds.image)}"
         mark = " <b class=wrong>(wrong)</b>" * int(wrong[i])
         cards.append(
             f"<figure>{_inline(_jpeg(joined), 'jpeg', text)}<figcaption>{_safe(text)}{mark}</figcaption></figure>"
         )
-    heading = _heading(f"{title} ({len(indices)} of {int(of.sum())})", chinese)
+    heading = _heading(f"{title} ({len(indices)} of {count})", chinese)
     return f"{heading}<p class=soft>{PANELS}</p><div class=cards>{''.join(cards)}</div>"
 
 
