@@ -109,6 +109,20 @@ class Config:
         decides="model",
         least=1,
     )
+    blocks: list[int] | None = key(
+        "of a Vision Transformer, in the place of `scales`: after which blocks the features are taken, counted from 0, "
+        "rising, a flow for each; may be left out: the backbone's usual one",
+        "Vision Transformer 用它代替 `scales`：在哪些块之后取特征，从 0 数，从小到大，每个一条流；可以省略，用骨干网络通常的一个",
+        None,
+        decides="model",
+        least=0,
+    )
+    share_subnet: bool = key(
+        "whether both couplings of a step have one subnet, as published; False: one each, as in the paper",
+        "一步的两个耦合层是否共用一个子网络，同原复现；False：各有一个，同论文",
+        True,
+        decides="model",
+    )
     pretrained: Literal["imagenet", "offline"] = key(
         "imagenet: real weights, else the offline start with a warning; offline: the offline start at once",
         "imagenet：真实权重，没有时用离线起点并警告；offline：直接用离线起点",
