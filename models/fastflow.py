@@ -53,6 +53,7 @@ class FlowStep(nn.Layer):
         clamp: float,
         permutation: np.ndarray,
         share_subnet: bool = True,
+        subnet_gain: float = 1.0,
     ) -> None:
         super().__init__()
         half, hidden = channels // 2, _hidden(channels, hidden_ratio)
@@ -63,6 +64,8 @@ class FlowStep(nn.Layer):
                 nn.ReLU(),
                 nn.Conv2D(hidden, channels, kernel, padding="same"),
             )
+            for conv in (subnet[0], subnet[2]):
+                conv.weight.set_value(subnet_gain * conv.weight)
             setattr(self, name, subnet)
         one, zero = nn.initializer.Constant(1.0), nn.initializer.Constant(0.0)
         self.global_scale = self.create_parameter([1, channels, 1, 1], default_initializer=one)
@@ -111,10 +114,11 @@ class Flow(nn.Layer):
     def __init__(self, channels: int, config: "Config", random: np.random.Generator) -> None:
         super().__init__()
         self.module_list = nn.LayerList()
+        start = {"share_subnet": config.share_subnet, "subnet_gain": config.subnet_gain}
         for kernel in _kernels(config):
             permutation = random.permutation(channels)
             self.module_list.append(
-                FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation, config.share_subnet)
+                FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation, **start)
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

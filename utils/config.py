@@ -123,6 +123,14 @@ class Config:
         True,
         decides="model",
     )
+    subnet_gain: float = key(
+        "factor on the weights that the subnets' convolutions start with; 0.4 makes them about as small as PyTorch's, "
+        "which 20 couplings need: with 1 the values grow from each to the next, and training diverges",
+        "子网络卷积初始权重的系数；0.4 时约与 PyTorch 的初始值一样小，20 个耦合层需要这样：为 1 时数值逐层增大，训练会发散",
+        1.0,
+        above=0,
+        most=10,
+    )
     pretrained: Literal["imagenet", "offline"] = key(
         "imagenet: real weights, else the offline start with a warning; offline: the offline start at once",
         "imagenet：真实权重，没有时用离线起点并警告；offline：直接用离线起点",
