@@ -149,6 +149,11 @@ class TransformerFeatures(nn.Layer):
         )
         self.norm = nn.LayerNorm(kind.channels, epsilon=EPSILON)
 
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(C, h, w) of the feature maps."""
+        return [(self.norm.weight.shape[0], *self.grid)] * len(self.taken)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, C, H / patch, W / patch) after each of `blocks`: the tokens of the patches, normalised."""
         x = self.patch_embed.proj(images).flatten(2).transpose([0, 2, 1])  # (B, patches, C)

@@ -349,7 +349,7 @@ def test_every_key_has_a_meaning_in_both_languages():
 
 def test_what_each_key_decides():
     """--resume and a checkpoint's model go by it."""
-    assert set(keys_that_decide("model")) == {*NEEDED, "scales"} - {"momentum"}
+    assert set(keys_that_decide("model")) == {*NEEDED, "scales", "blocks", "share_subnet"} - {"momentum"}
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
     others = {"mask_rule", "image_score", "top_share", "selection_weights", "white_level"}

@@ -235,7 +235,7 @@ def turned_as_here(weights: dict[str, Any], own: Mapping[str, Tensor]) -> dict[s
     shapes = [(list(value.shape), list(own[name].shape)) for name, value in matrices.items()]
     if not any(shape == wanted[::-1] != wanted for shape, wanted in shapes):
         return weights
-    return weights | {name: np.ascontiguousarray(value.T) for name, value in matrices.items()}
+    return weights | {name: value.T for name, value in matrices.items()}
 
 
 def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> None:
