@@ -44,9 +44,9 @@ class Package:
 class Backbone:
     """What stands behind a `backbone_name`.
 
-    build: makes the layer for some of `levels`; with `patch` for a height and width of pictures, too. It maps
-        normalised images (B, 3, H, W) to a list of their feature maps (B, C, h, w), C even; any h and w will do. What is
-        not needed for them should not be built. `build_backbone` freezes it.
+    build: makes the layer for some of `levels`; with `patch` for a height and width of pictures, too, or None. It maps
+        normalised images (B, 3, H, W) to a list of their feature maps (B, C, h, w), C even; any h and w will do. What
+        is not needed for them should not be built. `build_backbone` freezes it.
     levels: input size / size of each feature map that there is, finest first; with `patch` the numbers of the blocks
         after which there is one.
     usual: those that are used where the config does not say; None: all.

@@ -117,9 +117,7 @@ class Flow(nn.Layer):
         start = {"share_subnet": config.share_subnet, "subnet_gain": config.subnet_gain}
         for kernel in _kernels(config):
             permutation = random.permutation(channels)
-            self.module_list.append(
-                FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation, **start)
-            )
+            self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation, **start))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> z (B, C, H, W), log-det (B); `_plain` says what is computed, `models.cpu` how on a CPU."""
@@ -305,8 +303,8 @@ def _check_channels(channels: Sequence[int], config: "Config") -> None:
     name = config.backbone_name
     if config.channels not in (None, channels):
         raise UserError(
-            f"config: channels must be {channels} with {name} and these {find_backbone(name).key}, not {config.channels}; leave them out "
-            "(-o channels=null)"
+            f"config: channels must be {channels} with {name} and these {find_backbone(name).key}, not "
+            f"{config.channels}; leave them out (-o channels=null)"
         )
     if any(c % 2 for c in channels):
         raise UserError(f"backbone {name}: has {channels} channels, and a flow needs an even number")

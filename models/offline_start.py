@@ -30,7 +30,8 @@ def calibrated_start(backbone: nn.Layer, images: np.ndarray, seed: int) -> None:
     The same backbone, images and seed give the same weights on the same machine.
 
     Args:
-        backbone: any network of Conv2D, Linear and BatchNorm2D that takes (B, 3, H, W). Set in place and left in eval mode.
+        backbone: any network of Conv2D, Linear and BatchNorm2D that takes (B, 3, H, W). Set in place and left in eval
+            mode.
         images: (N, 3, H, W) float32, normalised; 16 are plenty.
         seed: of the filters.
     """

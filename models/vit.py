@@ -155,7 +155,7 @@ class TransformerFeatures(nn.Layer):
         return [(self.norm.weight.shape[0], *self.grid)] * len(self.taken)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> (B, C, H / patch, W / patch) after each of `blocks`: the tokens of the patches, normalised."""
+        """(B, 3, H, W) -> (B, C, H / patch, W / patch) after each of `blocks`: the patches' tokens, normalised."""
         x = self.patch_embed.proj(images).flatten(2).transpose([0, 2, 1])  # (B, patches, C)
         x = x + self.pos_embed[:, self.placed :]
         if self.tokens:

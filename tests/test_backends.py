@@ -137,7 +137,9 @@ def test_the_exported_form_computes_what_the_model_computes(model):
         np.testing.assert_allclose(actual.numpy(), result, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [["flow_step=1"], ["use_norm=False"], ["conv3x3_only=False", "flow_step=3"], ["share_subnet=False"]])
+@pytest.mark.parametrize(
+    "change", [["flow_step=1"], ["use_norm=False"], ["conv3x3_only=False", "flow_step=3"], ["share_subnet=False"]]
+)
 @paddle.no_grad()
 def test_every_form_of_the_model_is_exported_exactly(change):
     model = FastFlow(load_config(ROOT / "configs/resnet18.yaml", [*TINY, *change]))

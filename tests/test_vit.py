@@ -114,9 +114,7 @@ def test_safetensors_are_read(tmp_path, timms):
     from safetensors.numpy import save_file
 
     save_file(timms[DINO], tmp_path / "w.safetensors")
-    np.testing.assert_array_equal(
-        load(DINO, tmp_path / "w.safetensors").cls_token.numpy(), timms[DINO]["cls_token"]
-    )
+    np.testing.assert_array_equal(load(DINO, tmp_path / "w.safetensors").cls_token.numpy(), timms[DINO]["cls_token"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -124,7 +122,9 @@ def test_blocks_behind_the_last_one_are_not_built_and_not_needed(tmp_path, timms
     whole = loaded(name, tmp_path, timms[name])
     first = loaded(name, tmp_path, timms[name], blocks=[0])
     assert len(first.blocks) == 1
-    needed = {key: v for key, v in timms[name].items() if not key.startswith(("blocks.1.", "head", "blocks_token_only"))}
+    needed = {
+        key: v for key, v in timms[name].items() if not key.startswith(("blocks.1.", "head", "blocks_token_only"))
+    }
     alone = loaded(name, tmp_path, needed, blocks=[0])
     size = SMALL[name]
     for layer in (first, alone):
@@ -157,7 +157,10 @@ def test_another_transformers_weights_are_refused(tmp_path, timms):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["input_size=[392, 390]"], "the sides of input_size must be multiples of 14 with dinov2_vits14, not 392 x 390"),
+        (
+            ["input_size=[392, 390]"],
+            "the sides of input_size must be multiples of 14 with dinov2_vits14, not 392 x 390",
+        ),
         (["scales=[16]"], "scales mean nothing with dinov2_vits14, whose feature maps are chosen by blocks"),
         (["blocks=[7, 3]"], "blocks must be some of 0 to 11 with dinov2_vits14, in this order, not [7, 3]"),
         (["blocks=[12]"], "blocks must be some of 0 to 11 with dinov2_vits14, in this order, not [12]"),
@@ -165,7 +168,7 @@ def test_another_transformers_weights_are_refused(tmp_path, timms):
         (["channels=[768]"], "channels must be [384] with dinov2_vits14 and these blocks, not [768]"),
         (
             ["backbone_name=resnet18"],
-            "blocks mean nothing with resnet18, whose feature maps are chosen by scales; leave them out (-o blocks=null)",
+            "blocks mean nothing with resnet18, whose feature maps are chosen by scales; leave them out (-o",
         ),
     ],
 )

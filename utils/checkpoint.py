@@ -46,7 +46,8 @@ def published_state(model: FastFlow) -> dict[str, np.ndarray]:
 def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: str) -> None:
     """Fill the model from arrays under the published names, the permutations included.
 
-    `subnet_2.*`, which published files hold and no result of theirs depends on, is ignored where `share_subnet` is True.
+    `subnet_2.*`, which published files hold and no result of theirs depends on, is ignored unless each coupling has a
+    subnet.
 
     Raises:
         UserError: keys are missing, unknown or misshapen, numbers are not finite, or a `w_perm` is no permutation.
@@ -225,7 +226,7 @@ def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path
 
 
 def _meaning(key: str, settings: dict[str, Any]) -> Any:
-    """What to compare of a setting: one number as `input_size` is that of a square, no `scales` or `blocks` are the usual ones."""
+    """What to compare of a setting: a number as `input_size` is that of a square, no `scales` or `blocks` the usual."""
     value = settings[key]
     if key == "input_size" and isinstance(value, int):
         return [value, value]

@@ -112,7 +112,8 @@ class Config:
     blocks: list[int] | None = key(
         "of a Vision Transformer, in the place of `scales`: after which blocks the features are taken, counted from 0, "
         "rising, a flow for each; may be left out: the backbone's usual one",
-        "Vision Transformer 用它代替 `scales`：在哪些块之后取特征，从 0 数，从小到大，每个一条流；可以省略，用骨干网络通常的一个",
+        "Vision Transformer 用它代替 `scales`：在哪些块之后取特征，从 0 数，从小到大，每个一条流；可以省略，"
+        "用骨干网络通常的一个",
         None,
         decides="model",
         least=0,
@@ -126,7 +127,8 @@ class Config:
     subnet_gain: float = key(
         "factor on the weights that the subnets' convolutions start with; 0.4 makes them about as small as PyTorch's, "
         "which 20 couplings need: with 1 the values grow from each to the next, and training diverges",
-        "子网络卷积初始权重的系数；0.4 时约与 PyTorch 的初始值一样小，20 个耦合层需要这样：为 1 时数值逐层增大，训练会发散",
+        "子网络卷积初始权重的系数；0.4 时约与 PyTorch 的初始值一样小，20 个耦合层需要这样：为 1 时数值逐层增大，"
+        "训练会发散",
         1.0,
         above=0,
         most=10,
