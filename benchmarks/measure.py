@@ -127,7 +127,7 @@ def forward_passes(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure
 
 
 def export(worker: Worker, folder: Path, config: str = "configs/resnet18.yaml") -> Path:
-    """The exported folder, in every format, of the model in this worker, which has this config; `folder` is around it."""
+    """The exported folder, in every format, of this worker's model, made by the config; `folder` is its parent."""
     worker.ask_once("save", file=str(folder / "results/inference/bottle/best.pdparams"))
     target = folder / "exported"
     command = [sys.executable, str(ROOT / "deploy/export_model.py"), "-cfg", str(ROOT / config)]

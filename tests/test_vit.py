@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.golden_features import PLACES, TRANSFORMERS, drawn_pictures, drawn_weights, with_depth
 from deploy.common.cli import UserError
+from models import backbone as registry
 from models.backbone import BACKBONES, build_backbone, feature_shapes
 from models.fastflow import FastFlow
 from models.linear_maps import bicubic_matrix
@@ -184,6 +185,18 @@ def test_several_blocks_have_a_flow_each():
     model.eval()
     anomaly_map, _, _ = model(paddle.to_tensor(drawn_pictures(56, 84)))
     assert anomaly_map.shape == [2, 1, 56, 84]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_documented_transformer_works(monkeypatch, language):
+    text = Path(f"docs/{language}/development.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"`(BACKBONES\S+ = transformer\(.*?\))`", text)
+    lines = {**vars(registry), "BACKBONES": dict(BACKBONES)}
+    exec(line, lines)
+    (name,) = lines["BACKBONES"].keys() - BACKBONES.keys()
+    monkeypatch.setitem(BACKBONES, name, lines["BACKBONES"][name])
+    layer = build_backbone(name, blocks=[0], size=(48, 64))
+    assert features(layer, (48, 64))[0].shape == (2, 384, 3, 4)
 
 
 # Image size, features, couplings, trainable parameters: the paper's table (arXiv 2111.07677).
