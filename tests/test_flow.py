@@ -320,6 +320,10 @@ def test_sizes_that_no_stride_divides_work(height, width):
 # ---- what is trained and what is not
 
 
+def test_with_a_subnet_for_each_coupling_it_trains_what_the_published_code_reports(config):
+    assert FastFlow(dataclasses.replace(config, share_subnet=False)).trainable_parameters() == 4_896_728
+
+
 def test_the_published_model_trains_2450604_numbers(config):
     assert FastFlow(config).trainable_parameters() == 2_450_604
 

@@ -1,6 +1,7 @@
 """Vision Transformers, CaiT among them: the numbers of timm, and weights under the names of those who made them."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ from utils.weights import load_backbone
 
 GOLDEN = json.loads(Path("tests/golden_transformers.json").read_text())
 DEIT, CAIT, DINO, REGISTERS = TRANSFORMERS
+HEAVY = [pytest.param(name, marks=pytest.mark.slow) for name in (DEIT, CAIT)]  # of 768 channels
 SMALL = {DEIT: (96, 160), CAIT: (96, 160), DINO: (84, 140), REGISTERS: (84, 140)}
 
 
@@ -39,8 +41,8 @@ def load(name, file, blocks=(0, 1), size=None):
     return layer
 
 
-def loaded(name, folder, weights, blocks=(0, 1), size=None):
-    return load(name, torch_files.save(folder / "w.pth", weights), blocks, size)
+def loaded(name, folder, weights, **options):
+    return load(name, torch_files.save(folder / "w.pth", weights), **options)
 
 
 def features(layer, size):
@@ -55,7 +57,7 @@ def features(layer, size):
 def test_features_are_timms(tmp_path, name, case):
     golden = GOLDEN[name]["features"][case]
     blocks, size = golden["blocks"], golden["size"]
-    layer = loaded(name, tmp_path, drawn(name, blocks[-1] + 1), blocks, size)
+    layer = loaded(name, tmp_path, drawn(name, blocks[-1] + 1), blocks=blocks, size=size)
     patch = BACKBONES[name].patch
     for x, expected in zip(features(layer, size), golden["maps"], strict=True):
         assert x.shape == (2, layer.norm.weight.shape[0], size[0] // patch, size[1] // patch)
@@ -77,9 +79,9 @@ def test_bicubic_interpolation_is_that_of_pillow():
 # ---- the weights
 
 
-@pytest.fixture(scope="module")
-def timms():
-    return {name: drawn(name) for name in TRANSFORMERS}
+@functools.cache
+def timms(name):
+    return drawn(name)
 
 
 def original(name, weights):
@@ -98,33 +100,33 @@ def original(name, weights):
     return weights
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_files_of_the_original_repositories_and_of_paddle_hold_the_same(tmp_path, timms, name):
-    expected = loaded(name, tmp_path, timms[name]).state_dict()
-    paddle.save(original(name, timms[name]), str(tmp_path / "theirs.pdparams"))
+@pytest.mark.parametrize("name", [*HEAVY, DINO, REGISTERS])
+def test_files_of_the_original_repositories_and_of_paddle_hold_the_same(tmp_path, name):
+    expected = loaded(name, tmp_path, timms(name)).state_dict()
+    paddle.save(original(name, timms(name)), str(tmp_path / "theirs.pdparams"))
     own = {key: value.numpy() for key, value in expected.items()}  # matrices as Paddle has them
-    assert not np.array_equal(own["blocks.0.attn.proj.weight"], timms[name]["blocks.0.attn.proj.weight"])
-    np.testing.assert_array_equal(own["blocks.0.attn.proj.weight"], timms[name]["blocks.0.attn.proj.weight"].T)
+    assert not np.array_equal(own["blocks.0.attn.proj.weight"], timms(name)["blocks.0.attn.proj.weight"])
+    np.testing.assert_array_equal(own["blocks.0.attn.proj.weight"], timms(name)["blocks.0.attn.proj.weight"].T)
     np.savez(tmp_path / "paddle.npz", **own)
     for file in ("theirs.pdparams", "paddle.npz"):
         for key, value in load(name, tmp_path / file).state_dict().items():
             np.testing.assert_allclose(value.numpy(), own[key], atol=1e-6, err_msg=f"{file}: {key}")
 
 
-def test_safetensors_are_read(tmp_path, timms):
+def test_safetensors_are_read(tmp_path):
     from safetensors.numpy import save_file
 
-    save_file(timms[DINO], tmp_path / "w.safetensors")
-    np.testing.assert_array_equal(load(DINO, tmp_path / "w.safetensors").cls_token.numpy(), timms[DINO]["cls_token"])
+    save_file(timms(DINO), tmp_path / "w.safetensors")
+    np.testing.assert_array_equal(load(DINO, tmp_path / "w.safetensors").cls_token.numpy(), timms(DINO)["cls_token"])
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_blocks_behind_the_last_one_are_not_built_and_not_needed(tmp_path, timms, name):
-    whole = loaded(name, tmp_path, timms[name])
-    first = loaded(name, tmp_path, timms[name], blocks=[0])
+@pytest.mark.parametrize("name", [*HEAVY, DINO, REGISTERS])
+def test_blocks_behind_the_last_one_are_not_built_and_not_needed(tmp_path, name):
+    whole = loaded(name, tmp_path, timms(name))
+    first = loaded(name, tmp_path, timms(name), blocks=[0])
     assert len(first.blocks) == 1
     needed = {
-        key: v for key, v in timms[name].items() if not key.startswith(("blocks.1.", "head", "blocks_token_only"))
+        key: v for key, v in timms(name).items() if not key.startswith(("blocks.1.", "head", "blocks_token_only"))
     }
     alone = loaded(name, tmp_path, needed, blocks=[0])
     size = SMALL[name]
@@ -132,22 +134,22 @@ def test_blocks_behind_the_last_one_are_not_built_and_not_needed(tmp_path, timms
         np.testing.assert_array_equal(features(layer, size)[0], features(whole, size)[0])
 
 
-@pytest.mark.parametrize("lacking", ["norm.weight", "pos_embed", "cls_token", "dist_token", "blocks.1.attn.qkv.bias"])
-def test_what_is_missing_or_unused_is_named_in_one_line(tmp_path, timms, lacking):
-    weights = {name: value for name, value in timms[DEIT].items() if name != lacking}
+@pytest.mark.parametrize("lacking", ["norm.weight", "pos_embed", "cls_token", "reg_token", "blocks.1.attn.qkv.bias"])
+def test_what_is_missing_or_unused_is_named_in_one_line(tmp_path, lacking):
+    weights = {name: value for name, value in timms(REGISTERS).items() if name != lacking}
     weights["blocks.0.attn.q_norm.weight"] = np.ones(64, np.float32)
     with pytest.raises(UserError) as error:
-        loaded(DEIT, tmp_path, weights)
+        loaded(REGISTERS, tmp_path, weights)
     line = str(error.value)
     assert f"{lacking} is missing; blocks.0.attn.q_norm.weight is not part of this model" in line
     assert "\n" not in line
 
 
-def test_another_transformers_weights_are_refused(tmp_path, timms):
-    with pytest.raises(UserError, match=r"dist_token is missing"):
-        loaded(DEIT, tmp_path, timms[DINO])
+def test_another_transformers_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match="reg_token is missing; pos_embed has shape"):
+        loaded(REGISTERS, tmp_path, timms(DINO))
     for wrong in (np.zeros((1, 1369, 7), np.float32), np.zeros((1, 9, 384), np.int32), np.zeros(5, np.float32), "text"):
-        paddle.save(timms[REGISTERS] | {"pos_embed": wrong}, str(tmp_path / "w.pdparams"))
+        paddle.save(timms(REGISTERS) | {"pos_embed": wrong}, str(tmp_path / "w.pdparams"))
         with pytest.raises(UserError, match="pos_embed"):
             load(REGISTERS, tmp_path / "w.pdparams")
 
