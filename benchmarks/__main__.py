@@ -35,7 +35,8 @@ from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.common.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
-SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands", "tiles", "model")
+SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
+LONG = ("tiles", "model", "paper")  # not with --quick
 RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
     "own framework fp32": ("paddle", "fp32", False),
     "ONNX Runtime fp32": ("onnxruntime", "fp32", False),
@@ -58,7 +59,10 @@ def parse_args() -> argparse.Namespace:
         help="a Python that has anomalib, if this one has not (%(default)s)",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, help="parts to measure (all; with --quick all but model)"
+        "--only",
+        nargs="+",
+        choices=SECTIONS + LONG,
+        help=f"parts to measure (all; with --quick all but {', '.join(LONG)})",
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results (%(default)s)")
     return parser.parse_args()
@@ -68,13 +72,13 @@ def main() -> None:
     args = parse_args()
     make_folder(args.output)
     plan = QUICK if args.quick else FULL
-    sections = args.only or SECTIONS[: -1 if args.quick else None]
+    sections = args.only or (SECTIONS if args.quick else SECTIONS + LONG)
     threads = args.threads or runtime.available_cores()
     contenders = make_contenders(args.threads, threads)
     python, no_anomalib = find_anomalib(args.anomalib_python)
     if python:
         contenders |= anomalib_contenders(python, threads)
-    runtimes, no_precision = find_runtimes() if "inference" in sections else ({}, None)
+    runtimes, no_precision = find_runtimes() if {"inference", "paper"} & set(sections) else ({}, None)
     left_out = [reason for reason in (no_anomalib, no_precision) if reason]
     for reason in left_out:
         note(reason)
@@ -160,6 +164,8 @@ def measured(
         yield from measure.tiles(plan, data, "bottle", folder)
     if "model" in sections:
         yield from measure.time_to_model(data, "bottle", folder, anomalib)
+    if "paper" in sections:
+        yield from measure.paper(exported_contenders, plan, folder / "paper")
 
 
 def make_contenders(asked: int | None, threads: int) -> dict[str, Contender]:

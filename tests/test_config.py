@@ -350,7 +350,8 @@ def test_every_key_has_a_meaning_in_both_languages():
 
 def test_what_each_key_decides():
     """--resume and a checkpoint's model go by it."""
-    assert set(keys_that_decide("model")) == {*NEEDED, "scales", "tile"} - {"momentum"}
+    model = {*NEEDED, "scales", "tile", "blocks", "share_subnet"} - {"momentum"}
+    assert set(keys_that_decide("model")) == model
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
     others = {

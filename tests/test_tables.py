@@ -15,6 +15,7 @@ def test_the_tables_are_those_of_the_results(page, language):
         "accuracy.md": ["accuracy", "fall"],
         "benchmarks/README.md": ["speed", "speed_avx2", "exported"],
         "README": ["overview"],
+        "backbones.md": ["paper"],
     }
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [match[1] for match in BLOCK.finditer(text)] == next(names for part, names in tables.items() if part in page)
