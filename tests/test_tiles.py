@@ -417,6 +417,19 @@ def test_a_small_spot_is_found_by_every_runtime_as_by_predict(work, backend):
     assert result.score == pytest.approx(expected["score"], abs=1e-4)
     assert [region.box for region in result.regions] == [tuple(region["box"]) for region in expected["regions"]]
     assert good.score < result.score
+    options = [
+        "--save_inference_dir",
+        "model_exp",
+        "--backend",
+        backend,
+        "--batch_size",
+        "5",
+        "--image_path",
+        str(spot),
+    ]
+    done = forked.run("deploy/infer.py", [*options, "--warmup", "1", "--save_json", "infer.jsonl"], work)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / "infer.jsonl").read_text())["score"] == pytest.approx(expected["score"], abs=1e-4)
     centre = np.array(np.unravel_index(result.map.argmax(), SIZE))[::-1]
     assert np.abs(centre - SPOT).max() <= 12
 
