@@ -21,7 +21,7 @@ from deploy.backends import FILES, Options
 from deploy.common.cli import UserError
 from deploy.common.decisions import Result, Thresholds
 from deploy.common.imaging import normalise
-from deploy.common.tiles import PAINT, Layout, Tiling, kept_part, read_roi
+from deploy.common.tiles import PAINT, SMOOTHING_SIGMA, Layout, Tiling, kept_part, read_roi
 from deploy.description import read_description
 from deploy.serve import load
 from deploy.service.app import ServedModel, create_app
@@ -29,6 +29,7 @@ from deploy.service.batching import Batcher
 from deploy.service.uploads import Limits
 from models.backbone import build_backbone
 from models.fastflow import FastFlow, image_score, negative_log_likelihood, per_location_score
+from models.linear_maps import gaussian_matrix
 from tests import forked
 from tests.converter import CONVERTER, needs_converter
 from utils.config import load_config
@@ -108,12 +109,10 @@ def test_a_map_put_together_is_smoothed_and_scored_as_a_whole_one(pixels, size):
     rng = np.random.default_rng(0)
     raw = cv2.GaussianBlur(rng.random(size).astype(np.float32), (0, 0), 2)
     layout = Layout(None, (64, 64), score_pixels=pixels)
-    config = load_config("configs/resnet18.yaml", [f"input_size={list(size)}".replace(" ", "")] * (min(size) > 32))
     smoothed, score = layout.finish(raw.copy(), None)
     assert score == pytest.approx(image_score(paddle.to_tensor(raw[None, None]), pixels).item(), abs=1e-6)
-    if min(size) > 32:
-        expected = FastFlow(config).smooth(paddle.to_tensor(raw[None, None])).numpy()[0, 0]
-        np.testing.assert_allclose(smoothed, expected, atol=2e-6)
+    rows, columns = (gaussian_matrix(side, SMOOTHING_SIGMA) for side in size)
+    np.testing.assert_allclose(smoothed, rows @ raw @ columns.T, atol=2e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
@@ -417,6 +416,19 @@ def test_a_small_spot_is_found_by_every_runtime_as_by_predict(work, backend):
     assert result.score == pytest.approx(expected["score"], abs=1e-4)
     assert [region.box for region in result.regions] == [tuple(region["box"]) for region in expected["regions"]]
     assert good.score < result.score
+    options = [
+        "--save_inference_dir",
+        "model_exp",
+        "--backend",
+        backend,
+        "--batch_size",
+        "5",
+        "--image_path",
+        str(spot),
+    ]
+    done = forked.run("deploy/infer.py", [*options, "--warmup", "1", "--save_json", "infer.jsonl"], work)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / "infer.jsonl").read_text())["score"] == pytest.approx(expected["score"], abs=1e-4)
     centre = np.array(np.unravel_index(result.map.argmax(), SIZE))[::-1]
     assert np.abs(centre - SPOT).max() <= 12
 
