@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from deploy.common import runtime
 from deploy.common.cli import UserError
@@ -54,6 +55,8 @@ def joined(address: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Ray's client, which raises an error as well
             ray.init(address, **options)
+        # A lost machine is told by the commands, in a line; Ray would print forty of its log.
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
     except Exception as error:  # ConnectionError, RuntimeError and others
         advice = "; start one (docs/en/cluster.md), or give --cluster local" if address == "auto" else ""
         raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){advice}") from error
@@ -86,6 +89,22 @@ def importing(option: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise UserError(f"{option}: cannot import what it needs ({error}); {INSTALL}") from error
+
+
+def answer(reference: Any) -> Any:
+    """What a call of an actor returns.
+
+    Raises:
+        UserError: which it has raised.
+        RuntimeError: it has raised something else, whose traceback is the message.
+        ray.exceptions.RayError: the actor or its machine has ended, or cannot be reached.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else RuntimeError(str(error))) from None
 
 
 def places(cpus: int, gpus: float) -> int:

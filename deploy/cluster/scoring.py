@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
+from deploy.cluster.connection import answer
 from deploy.cluster.listing import is_there, read, told
-from deploy.common.cli import UserError
+from deploy.common.cli import UserError, warn
 from deploy.common.files import sha256
 from deploy.common.imaging import decode
 from deploy.detector import Detector, Prepared
@@ -140,17 +141,14 @@ def score_all(
         reference = ray.wait(list(calls), num_returns=1)[0][0]
         actor, piece = calls.pop(reference)
         try:
-            rows = ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
+            rows = answer(reference)
         except RayError as error:  # the actor, its machine, or the way to it
+            reason = " ".join(str(error).split())[:300]
+            warn(f"a process that scored has ended; what it had in hand is given out again ({reason})")
             ray.kill(actor)
             hire()
             vain += not piece
             if vain == VAIN_STARTS:
-                reason = " ".join(str(error).split())[:300]
                 raise UserError(f"{vain} processes ended while they loaded the model ({reason})") from error
             if len(piece) == 1:
                 deaths[piece[0]] = deaths.get(piece[0], 0) + 1
