@@ -154,7 +154,10 @@ def score_all(
                 deaths[piece[0]] = deaths.get(piece[0], 0) + 1
             dead = [path for path in piece if deaths.get(path) == DEATHS]
             again += [path for path in piece if path not in dead]
-            yield [{"path": told(path), "model": model, "error": f"{path}: ended {DEATHS} processes"} for path in dead]
+            yield [
+                {"path": told(path), "model": model, "error": f"{path}: ended the process that read it, {DEATHS} times"}
+                for path in dead
+            ]
             continue
         vain = 0
         idle.append(actor)
