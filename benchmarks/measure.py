@@ -38,10 +38,24 @@ class Plan:
     epoch_rounds: int
     maps: tuple[int, ...]  # of an evaluation
     starts: int  # runs of each command
+    scored: tuple[int, tuple[int, int]]  # pictures that score.py scores; lengths of lists that its driver goes through
 
 
-FULL = Plan(5, 3, 5, 15, 1.5, (8, 32), (128, 256, 384, 512), ((25, 10), (75, 30), (TRAIN, TEST)), 2, (20, 40, TEST), 5)
-QUICK = Plan(3, 1, 1, 3, 0.5, (8,), (64, 128), ((8, 4), (16, 8)), 1, (20, TEST), 1)
+FULL = Plan(
+    5,
+    3,
+    5,
+    15,
+    1.5,
+    (8, 32),
+    (128, 256, 384, 512),
+    ((25, 10), (75, 30), (TRAIN, TEST)),
+    2,
+    (20, 40, TEST),
+    5,
+    (10_000, (10_000, 1_000_000)),
+)
+QUICK = Plan(3, 1, 1, 3, 0.5, (8,), (64, 128), ((8, 4), (16, 8)), 1, (20, TEST), 1, (200, (1000, 20_000)))
 
 
 @contextmanager
