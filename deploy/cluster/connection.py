@@ -62,6 +62,9 @@ def joined(address: str) -> Iterator[None]:
         raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){advice}") from error
     finally:
         signal.signal(signal.SIGTERM, terminate)
+    if address == "local":
+        with contextlib.suppress(OSError):  # there may be none
+            (Path.home() / ".ray/auth_token").chmod(0o600)  # Ray writes it for all to read
     try:
         yield
     finally:
