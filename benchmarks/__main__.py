@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import cluster, measure
 from benchmarks.inputs import ROOT, write_bottle
 from benchmarks.measure import FULL, QUICK, Plan, note, started
 from benchmarks.processes import Contender, OtherProcesses
@@ -36,7 +36,7 @@ from deploy.common.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
 SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
-LONG = ("tiles", "model", "paper")  # not with --quick
+LONG = ("tiles", "cluster", "model", "paper")  # not with --quick
 RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
     "own framework fp32": ("paddle", "fp32", False),
     "ONNX Runtime fp32": ("onnxruntime", "fp32", False),
@@ -79,7 +79,11 @@ def main() -> None:
     if python:
         contenders |= anomalib_contenders(python, threads)
     runtimes, no_precision = find_runtimes() if {"inference", "paper"} & set(sections) else ({}, None)
-    left_out = [reason for reason in (no_anomalib, no_precision) if reason]
+    no_ray = None
+    if "cluster" in sections and not importlib.util.find_spec("ray"):
+        sections = [name for name in sections if name != "cluster"]
+        no_ray = "Ray is not installed (pip install -r requirements-cluster.txt): its section is left out"
+    left_out = [reason for reason in (no_anomalib, no_precision, no_ray) if reason]
     for reason in left_out:
         note(reason)
     if os.environ.get(WEIGHTS):
@@ -104,15 +108,24 @@ def main() -> None:
         results["weights"] = "those of " + Path(os.environ[WEIGHTS]).name if os.environ.get(WEIGHTS) else "random"
 
         figures: list[Figure] = []
-        exported = functools.partial(inference_contenders, runtimes=runtimes, threads=threads, python=python)
-        for figure in measured(sections, contenders, plan, data, folder, threads, exported, python, results):
+
+        def keep(figure: Figure) -> None:
             figures.append(figure)
             medians = ", ".join(f"{name} {number(figure.median(name), figure.unit)}" for name in figure.samples)
             note(f"{figure.group}: {figure.title}: {medians}")
             results["figures"] = {figure.key: summary(figure) for figure in figures}
             results["goals"] = check_goals(figures)
             write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
-    results["others_share"] = others.share()
+
+        exported = functools.partial(inference_contenders, runtimes=runtimes, threads=threads, python=python)
+        for figure in measured(sections, contenders, plan, data, folder, threads, exported, python, results):
+            keep(figure)
+        results["others_share"] = others.share()  # Ray's processes are no children of this one
+        if "cluster" in sections:
+            with started({OURS: contenders[OURS]}) as workers:
+                model = measure.export(workers[OURS], folder / "cluster")
+            for figure in cluster.scoring(model, data / "bottle/train/good", *plan.scored, folder / "cluster"):
+                keep(figure)
     write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(args.output / "results.md", markdown(results))
 

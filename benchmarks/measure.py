@@ -44,12 +44,39 @@ class Plan:
     maps: tuple[int, ...]  # of an evaluation
     starts: int  # runs of each command
     cut: tuple[int, ...]  # sides of pictures that are cut into tiles
+    scored: tuple[int, tuple[int, int]]  # pictures that score.py scores; lengths of lists that its driver goes through
 
 
 FULL = Plan(
-    5, 3, 5, 15, 1.5, (8, 32), (128, 256, 384, 512), ((25, 10), (75, 30), (TRAIN, TEST)), 2, (20, 40, TEST), 5, SIDES
+    rounds=5,
+    slow_rounds=3,
+    graph_rounds=5,
+    exported_rounds=15,
+    turn=1.5,
+    batches=(8, 32),
+    sizes=(128, 256, 384, 512),
+    pictures=((25, 10), (75, 30), (TRAIN, TEST)),
+    epoch_rounds=2,
+    maps=(20, 40, TEST),
+    starts=5,
+    cut=SIDES,
+    scored=(10_000, (10_000, 1_000_000)),
 )
-QUICK = Plan(3, 1, 1, 3, 0.5, (8,), (64, 128), ((8, 4), (16, 8)), 1, (20, TEST), 1, SIDES[:2])
+QUICK = Plan(
+    rounds=3,
+    slow_rounds=1,
+    graph_rounds=1,
+    exported_rounds=3,
+    turn=0.5,
+    batches=(8,),
+    sizes=(64, 128),
+    pictures=((8, 4), (16, 8)),
+    epoch_rounds=1,
+    maps=(20, TEST),
+    starts=1,
+    cut=SIDES[:2],
+    scored=(200, (1000, 20_000)),
+)
 
 
 @contextmanager

@@ -84,6 +84,16 @@ GOALS = (
         OURS,
         "start/paddle",
     ),
+    Goal(
+        "deploy/score.py, one actor: at least 0.9 of the pictures a second of deploy/infer.py",
+        "scoring/infer",
+        1 / 0.9,
+        OURS,
+        "scoring/actors1",
+    ),
+    Goal(
+        "memory of its driver, the long list: at most 1.5 of the short one", "memory/list1", 1.5, OURS, "memory/list0"
+    ),
 )
 
 
