@@ -223,7 +223,9 @@ def build_backbone(
         raise UserError(f"config: {entry.key} must be some of {known} with {name}, in this order, not {list(levels)}")
     if entry.patch and size and any(side % entry.patch for side in size):
         sides = " x ".join(map(str, size))
-        raise UserError(f"config: the sides of input_size must be multiples of {entry.patch} with {name}, not {sides}")
+        raise UserError(
+            f"config: the sides of input_size, or of tile, must be multiples of {entry.patch} with {name}, not {sides}"
+        )
     backbone = entry.build(levels, size) if entry.patch else entry.build(levels)
     for parameter in backbone.parameters():
         parameter.stop_gradient = True  # so nothing is recorded of a pass over pictures

@@ -162,7 +162,7 @@ def test_another_transformers_weights_are_refused(tmp_path):
     [
         (
             ["input_size=[392, 390]"],
-            "the sides of input_size must be multiples of 14 with dinov2_vits14, not 392 x 390",
+            "the sides of input_size, or of tile, must be multiples of 14 with dinov2_vits14, not 392 x 390",
         ),
         (["scales=[16]"], "scales mean nothing with dinov2_vits14, whose feature maps are chosen by blocks"),
         (["blocks=[7, 3]"], "blocks must be some of 0 to 11 with dinov2_vits14, in this order, not [7, 3]"),
