@@ -1,17 +1,20 @@
 """Evaluate: python eval.py -cfg ./configs/resnet18.yaml --data ./data -cat all --exp_dir exp"""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets.mvtec import list_categories, load_category, load_ground_truth
-from deploy.common.cli import UserError, report_error, run_main, share, warn
+from deploy.common.cli import UserError, add_min_area, report_error, run_main, share, warn
 from deploy.common.decisions import PUBLISHED_THRESHOLDS
 from deploy.common.imaging import PictureReader
 from utils.config import Config
+from utils.html_report import write_report
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, own_overrides, prepare
 from utils.report import draw_evaluation, print_results, save_maps, write_results
 from utils.results import UNSTATED, describe_lack, evaluation_line, experiment_folder
+from utils.sensitivity import load_sensitivity, measure_sensitivity, print_sensitivity, short_form, write_sensitivity
 from utils.thresholds import (
     FALSE_ALARM_RATE,
     FILE_NAME,
@@ -38,7 +41,11 @@ def parse_args() -> argparse.Namespace:
     add_cuda(parser)
     parser.add_argument("--is_last", action="store_true", help="the last checkpoint instead of the best one")
     parser.add_argument("--all_metrics", action="store_true", help="print all figures, not only the AUROCs")
+    add_min_area(parser, "the config's")
     parser.add_argument("--save_maps", action="store_true", help="write what the figures are made of to maps.npz")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="count which defects, drawn on held-out good pictures, are found"
+    )
     parser.add_argument(
         "--threshold_rule",
         choices=RULES,
@@ -82,7 +89,7 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         UserError: data or checkpoint are missing or damaged, or the threshold rule wants pictures that are not there.
     """
     from utils.checkpoint import epoch_of, load_model, selection_of, white_level_of
-    from utils.evaluation import Scores, measure_all, measure_defects, score_images
+    from utils.evaluation import Scores, measure_all, measure_defects, measure_regions, score_images
     from utils.features import CacheBudget, FeatureCache
 
     # ---- everything is read and computed before anything is written
@@ -93,7 +100,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     rule = args.threshold_rule or config.threshold_rule
     if args.false_alarm_rate and rule != "quantile":
         raise UserError(f"--false_alarm_rate: goes with --threshold_rule quantile, and the rule of {name} is {rule}")
-    held_out = held_out_pictures(category, checkpoint, path) if rule == "quantile" else []
+    held_out = []
+    if rule == "quantile" or args.sensitivity:
+        wanted_by = "the threshold rule quantile" if rule == "quantile" else "--sensitivity"
+        held_out = held_out_pictures(category, checkpoint, path, wanted_by)
     kept = load_thresholds(path, config) if rule == PUBLISHED_RULE and not args.threshold_rule else None
     truth = load_ground_truth(category.test, config.size, config.mask_rule)
     if first:
@@ -109,9 +119,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     scores = score(paths)
     figures = measure_all(scores, truth)
     calibration = None
+    unseen = score(held_out)
     if rule == "quantile":
         calibration = calibrate_quantile(
-            category.good_folders[0].path, score(held_out), args.false_alarm_rate or FALSE_ALARM_RATE
+            category.good_folders[0].path, unseen, args.false_alarm_rate or FALSE_ALARM_RATE
         )
     elif rule == "f1":
         calibration = calibrate_f1(Path(args.data) / name / "test", figures, scores, truth)
@@ -119,6 +130,10 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
     decisions = outcome(thresholds, scores, truth)
     rate = calibration and calibration.false_alarm_rate
     defects = measure_defects(scores, truth, category.test, config, thresholds.image)
+    stored = kept or thresholds  # what predict.py and export go on with
+    measured = measure_sensitivity(model, held_out, unseen.image, stored, rate, read) if args.sensitivity else None
+    min_area = config.min_area if args.min_area is None else args.min_area
+    regions = measure_regions(scores, truth, category.test, replace(thresholds, min_area=min_area))
 
     # ---- files
     print(evaluation_line(figures["image_auroc"], figures["pixel_auroc"]))
@@ -128,7 +143,8 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         warn(f"{name}: has defects without masks under ground_truth, so there are no pixel figures")
     if paths:
         print(f"{name}: {alarm_line(decisions, rate)}")
-    if rate and (broken := broken_promise(decisions, rate)):
+    as_folders_say = all(label or not image.defect for image, label in zip(category.test, truth.labels, strict=True))
+    if rate and as_folders_say and (broken := broken_promise(decisions, rate)):
         warn(f"{name}: {broken}")
     if args.is_last:
         if rule != PUBLISHED_RULE:
@@ -143,10 +159,14 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
         )
     elif args.threshold_rule == PUBLISHED_RULE:
         withdraw_thresholds(path)
-    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, thresholds, read)
+    draw_evaluation(folder / "evaluation", paths, scores, truth, figures, stored, read)
     if args.save_maps:
         save_maps(folder / "maps.npz", paths, scores, truth)
-    return {
+    if measured:
+        write_sensitivity(measured, path)
+        print_sensitivity(name, measured.content)
+    sensitivity = load_sensitivity(path, stored.image)  # that train.py measured, perhaps
+    row = {
         **figures,
         "selection": selection_of(checkpoint, args.is_last),
         "checkpoint": str(path),
@@ -165,7 +185,12 @@ def evaluate(config: Config, args: argparse.Namespace, name: str, folder: Path, 
             **decisions,
         },
         "defects": defects,
+        "regions": regions and {"min_area": min_area, **regions},
+        "sensitivity": sensitivity and short_form(sensitivity),
     }
+    decided = {"false_alarm_rate": rate, **outcome(stored, scores, truth)}
+    write_report(folder, row, category, checkpoint, config.as_dict(), scores, truth, stored, decided, sensitivity, read)
+    return row
 
 
 if __name__ == "__main__":

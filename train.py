@@ -12,9 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 
-from deploy.common.cli import UserError, interval, positive_int, run_main
+from deploy.common.cli import UserError, interval, positive_int, run_main, warn
 from deploy.common.files import hold_folder, make_folder, put_aside, write_text, write_whole
 from deploy.common.imaging import PictureReader
 from utils.config import Config
@@ -22,6 +23,8 @@ from utils.history import EpochRow, best_row, draw_curves, epoch_line, is_evalua
 from utils.log import make_logger, time_bar
 from utils.options import add_cache, add_category, add_cuda, add_data, common_parser, prepare
 from utils.results import category_folder, describe_backbone, describe_lack, evaluation_line, published_line
+from utils.sensitivity import measure_sensitivity, write_sensitivity
+from utils.thresholds import FALSE_ALARM_RATE, calibrate_quantile
 
 if TYPE_CHECKING:
     from datasets.mvtec import GroundTruth
@@ -89,6 +92,7 @@ def main() -> None:
     read = PictureReader(config.white_level)
     paddle.seed(config.seed)
     training = Training(FastFlow(config), config, [category.name_of(path) for path in held_out])
+    training.learnt_from = category.digest_of(train_pictures)
     extractor = training.model.feature_extractor
     folder = make_folder(category_folder(args.exp_dir, category.name))
     let_go = hold_folder(folder) if distributed.is_first() else None
@@ -152,6 +156,8 @@ def main() -> None:
         if distributed.is_first():
             draw_curves(folder / "curves.png", training.history, category.name)
         say(f"checkpoints, history.csv and curves.png are in {folder}")
+        if distributed.is_first() and held_out:
+            foretell(config, folder / "best.pdparams", held_out, read, say)
         conclude(training.history, category.name, args.exp_dir, time.monotonic() - begun, logger.info)
 
 
@@ -250,6 +256,37 @@ def command_again(resume: bool) -> str:
     known.add_argument("--backbone_weights")
     words = known.parse_known_args(sys.orig_argv)[1] if resume else sys.orig_argv
     return shlex.join([*words, *["--resume"] * resume])
+
+
+def foretell(
+    config: Config, path: Path, held_out: Sequence[Path], read: Callable[[Path], np.ndarray], say: Callable[[str], None]
+) -> None:
+    """Say which drawn defects are found on the held-out pictures, at the threshold that they promise by `quantile`.
+
+    Args:
+        config: of the training.
+        path: its best checkpoint, beside which sensitivity.json and sensitivity.png are written.
+        held_out: good pictures that it did not see.
+        read: gives a picture, (h, w, 3) uint8 RGB.
+        say: takes a line of the log.
+    """
+    from utils.checkpoint import load_model
+    from utils.evaluation import score_images
+    from utils.features import CacheBudget, FeatureCache
+
+    try:
+        model, _ = load_model(config, path)
+        budget = CacheBudget(memory=0, disk=0)
+        features = FeatureCache(model.feature_extractor, held_out, config.size, budget, "held-out pictures", read)
+        scores = score_images(model, features)
+        calibration = calibrate_quantile(held_out[0].parent, scores, FALSE_ALARM_RATE)
+        thresholds, rate = calibration.thresholds, calibration.false_alarm_rate
+        measured = measure_sensitivity(model, held_out, scores.image, thresholds, rate, read)
+        write_sensitivity(measured, path)
+    except UserError as error:  # the training is done, and its result stays what it is
+        warn(f"no word of what it can find: {error}")
+    else:
+        say(measured.content["line"])
 
 
 def conclude(history: Sequence[EpochRow], name: str, exp_dir: str, seconds: float, log: Callable[[str], None]) -> None:

@@ -43,7 +43,7 @@ if os.getppid() == int(sys.argv[1]):
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser("Train every category under --data over all devices, then evaluate them.")
     add_data(parser)
-    parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's")
+    parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's, and of its steps")
     parser.add_argument("--gpus", type=cards, metavar="N,N", help="cards to train on (all that there are)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="categories at a time (one a card, or one)")
     return parser.parse_args()

@@ -109,6 +109,36 @@ def tiff_of_strips(count: int) -> bytes:
     return grey_tiff(8, count, 1, tags, bytes(16))
 
 
+def webp_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a WebP."""
+    return kind + struct.pack("<L", len(data)) + data + bytes(len(data) % 2)
+
+
+def webp(chunks: bytes) -> bytes:
+    """A WebP of these chunks."""
+    return webp_chunk(b"RIFF", b"WEBP" + chunks)
+
+
+def webp_canvas(width: int, height: int) -> bytes:
+    """The chunk that says the size of a WebP with metadata."""
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return webp_chunk(b"VP8X", b"\4\0\0\0" + sides)
+
+
+def webp_of_codes(side: int) -> bytes:
+    """A lossless WebP in which each of side x side blocks of 4x4 pixels has codes of its own, of one colour each."""
+
+    def bits(value: int, count: int) -> str:  # the lowest first
+        return f"{value:0{count}b}"[::-1]
+
+    one = "1000"  # a code of one symbol
+    eight = "0" + bits(8, 4) + "000100" + "000" * 9 + "100" + "0" + "0" * 256  # of 256 symbols, a byte each
+    start = bits(0x2F, 8) + bits(4 * side - 1, 14) * 2 + "000000" + "1000"  # neither alpha, transforms nor a cache
+    numbers = "".join(f"{block & 255:08b}{block >> 8:08b}" for block in range(side**2))  # green and red of a picture
+    whole = start + "0" + eight + "1" + bits(13, 7) + eight + one * 3 + numbers + one * 5 * side**2
+    return webp(webp_chunk(b"VP8L", int(whole[::-1], 2).to_bytes(-(-len(whole) // 8), "little")))
+
+
 def dearest(limits: Limits) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """What is in the file, and how to make it."""
     noise = Image.effect_noise((SIDE, SIDE), 50)
@@ -136,6 +166,14 @@ def dearest(limits: Limits) -> Iterator[tuple[str, Callable[[], bytes]]]:
     )
     yield "TIFF, one tile", lambda: tiff_of_tile(SIDE)
     yield f"TIFF, {bombs.MOST_TILES} strips", lambda: tiff_of_strips(bombs.MOST_TILES)
+    yield "WebP", lambda: saved(noise, "WEBP", turned=True, quality=5, method=0)
+    yield "WebP, transparent", lambda: saved(Image.new("RGBA", (SIDE, SIDE)), "WEBP", turned=True, method=0)
+    yield "WebP, lossless", lambda: saved(Image.new("RGBA", (SIDE, SIDE)), "WEBP", turned=True, lossless=True)
+    yield "WebP, 65536 codes", lambda: webp_of_codes(256)
+    metadata = webp_chunk(b"XMP ", b'tiff:Orientation="6"' * 510_000)
+    yield "WebP, metadata", lambda: webp(webp_canvas(4, 4) + webp_of_codes(1)[12:] + metadata)
+    yield "refused: WebP, 300000 pictures", lambda: webp(webp_chunk(b"ANMF", bytes(24)) * 300_000)
+    yield "refused: WebP, 16383x16383", lambda: webp(webp_canvas(16383, 16383) + webp_of_codes(1)[12:])
     yield "refused: JPEG, 4000 scans", lambda: jpeg_of_scans(4000, SIDE)
     yield "refused: JPEG, EXIF in 500000 pieces", lambda: jpeg_of_segments(segment(1), 500_000)
     yield "refused: BMP, run-length coded", lambda: bmp_of_runs(SIDE, SIDE, b"\1\0\0\0" * SIDE)

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import layout
-from datasets.mvtec import READERS, Category, hold_out, list_categories, load_category
+from datasets.mvtec import LARGEST_INDEX, READERS, Category, hold_out, list_categories, load_category
 from deploy.common.cli import ArgumentParser, UserError, printable, report_error, run_main, share
 from deploy.common.imaging import FORMATS, FULL_WHITE, decode
 
@@ -41,6 +41,7 @@ class Seen:
     pages: int = 1
     digest: bytes = b""  # of the decoded pixels
     values: tuple[int, ...] = ()  # of masks
+    marked: float = 0  # share of a mask's pixels that are not 0
     highest: int = 0
     step: int = 0
 
@@ -135,6 +136,15 @@ def check(category: Category, holdout: float = HOLDOUT, white_level: int | None 
         files = [sound[path] for path in masks if path in sound]
         report.groups.append(_group(str(category.ground_truth.relative_to(root)), "masks", files))
         report.groups[-1].values = sorted({value for one in files for value in one.values})
+    for folder in (*category.good_folders, *category.test_folders):
+        if inside := layout.masks_among(folder):
+            report.warnings.append(
+                f"{folder.path.relative_to(root)} has masks among its pictures ({_paths(inside, category)}); move them "
+                f"to {layout.find(root, layout.MASKS) or root / 'ground_truth'}/{folder.path.name}"
+            )
+    if len({bool(folder.defect) for folder in category.test_folders}) == 1:
+        lacking = "good picture" if category.test_folders[0].defect else "picture with a defect"
+        report.warnings.append(f"test has no {lacking}: no AUROC; only -o selection=last or val_likelihood will do")
     trained, all_read = ([sound[path] for path in some if path in sound] for some in (category.train, pictures))
     _find_white(report, trained, all_read, white_level)
     _check_masks(report, category, sound)
@@ -189,6 +199,7 @@ def _look(path: Path, is_mask: bool) -> Seen:
         pages=pages,
         digest=hashlib.blake2b(array.data, digest_size=16, key=str(array.shape).encode()).digest(),
         values=tuple(values.tolist()) if is_mask and len(values) <= 256 else (),
+        marked=float((array.reshape(*array.shape[:2], -1) > 0).any(axis=2).mean()) if is_mask else 0,
         highest=int(values[-1]) if deep else 0,
         step=int(np.gcd.reduce(values)) if deep else 0,
     )
@@ -228,8 +239,8 @@ def _check_masks(report: Report, category: Category, sound: dict[Path, Seen]) ->
             if m.resolve() not in used and not set(m.relative_to(category.ground_truth).parts) & {*good}
         ]
         place = category.ground_truth.relative_to(category.folder)
-        if unused and not used:
-            wanted = f"{place}/{defects[0].defect}/{defects[0].path.stem}_mask.png" if defects else "a defect picture's"
+        if unused and not used and defects:
+            wanted = f"{place}/{defects[0].defect}/{defects[0].path.stem}_mask.png"
             report.warnings.append(
                 f"{place} is there, but none of its masks belongs to a test picture: {_paths(unused, category)}; "
                 f"wanted: {wanted}"
@@ -239,6 +250,7 @@ def _check_masks(report: Report, category: Category, sound: dict[Path, Seen]) ->
             report.warnings.append(f"masks that belong to no test picture: {_paths(unused, category)}")
     if without and any(image.masks for image in defects):
         report.warnings.append(f"without masks: {', '.join(without)}; so there will be no pixel figures at all")
+    _check_marks(report, [sound[mask] for image in defects for mask in image.masks if mask in sound])
     odd = [
         sound[mask]
         for image in defects
@@ -247,6 +259,23 @@ def _check_masks(report: Report, category: Category, sound: dict[Path, Seen]) ->
     ]
     if odd:
         report.warnings.append(f"masks of another shape than their pictures, which are stretched: {_examples(odd)}")
+
+
+def _check_marks(report: Report, masks: Sequence[Seen]) -> None:
+    alpha = " (alpha does not count: save them grey)" if any("A 8 bit" in mask.mode for mask in masks) else ""
+    if blank := [mask for mask in masks if not mask.marked]:
+        report.warnings.append(f"masks that mark nothing{alpha}: {_examples(blank)}")
+    highest = max((max(mask.values, default=255) for mask in masks), default=0)
+    if LARGEST_INDEX < highest < 255:
+        report.warnings.append(
+            f"no mask has a value above {highest}: mask_rule: published counts none of their pixels and takes the "
+            "pictures for good ones; give -o mask_rule=nonzero"
+        )
+    if masks and all(mask.marked > 0.5 for mask in masks):
+        report.warnings.append(
+            f"every mask marks more than half of its picture; if the defect is black in them, invert them{alpha}: "
+            f"{_examples(masks)}"
+        )
 
 
 def _other_shape(mask: Seen, picture: Seen) -> bool:

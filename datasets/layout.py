@@ -101,6 +101,16 @@ def read_folder(path: Path, defect: str | None) -> Folder:
     return Folder(path, defect, pictures, others)
 
 
+def masks_among(folder: Folder) -> list[Path]:
+    """Pictures that by their name are masks of others beside them, such as `0_mask.png` of `0.png`."""
+    names = {_key(path.with_suffix("")) for path in folder.pictures}
+    return [
+        path
+        for path in folder.pictures
+        if (shorter := MASK_ENDING.sub("", key := _key(path.with_suffix("")))) != key and shorter in names
+    ]
+
+
 def good_folders(train: Path) -> list[Folder]:
     """Folders of good pictures to learn from.
 

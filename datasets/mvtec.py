@@ -8,6 +8,7 @@
 The whole test folder may be missing too: nothing can be measured then. `datasets.layout` says what else is understood.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ class Category:
         first = self.good_folders[0].path
         return picture.relative_to(first if len(self.good_folders) == 1 else first.parent).as_posix()
 
+    def digest_of(self, pictures: Sequence[Path]) -> str:
+        """SHA-256 of the sorted names of pictures of `train`, a line each: the same where the same files were taken."""
+        names = "".join(f"{name}\n" for name in sorted(map(self.name_of, pictures)))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
 
 @dataclass(frozen=True)
 class GroundTruth:
@@ -92,9 +98,13 @@ def list_categories(data: Path) -> list[str]:
     """
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
-    found = [folder.name for folder in layout.subfolders(data) if _parts(folder) != (None, None)]
+    folders = layout.subfolders(data)
+    found = [folder.name for folder in folders if _parts(folder) != (None, None)]
     if not found:
         advice = ""
+        deeper = [folder for folder in folders if any(_parts(below)[0] for below in layout.subfolders(folder))]
+        if deeper:
+            advice = f"; there are some in {deeper[0].name}: give --data {deeper[0]}"
         if layout.find(data, layout.TRAIN):
             advice = f"; it is a category itself: give --data {data.resolve().parent} -cat {data.resolve().name}"
         raise UserError(f"--data {data}: no category in it (a folder with train/good and test, see README.md){advice}")
@@ -109,8 +119,8 @@ def load_category(data: Path, name: str) -> Category:
     """
     folder = data / name
     if name in ("", "..") or Path(name).name != name or not folder.is_dir():
-        known = f"; there are: {', '.join(list_categories(data))}" if data.is_dir() else ""
-        raise UserError(f"category {name}: no such folder under --data {data}{known}")
+        known = ", ".join(list_categories(data))
+        raise UserError(f"category {name}: no such folder under --data {data}; there are: {known}")
     train, test = _parts(folder)
     if not train:
         there = ", ".join(path.name for path in layout.subfolders(folder)) or "no folder"

@@ -97,6 +97,7 @@ def main() -> None:
         "pixel_threshold": thresholds.pixel,
         "threshold_rule": thresholds.rule,
         "pixel_threshold_rule": thresholds.pixel_rule,
+        "min_area": config.min_area,  # of regions, in pixels of the picture
         "checkpoint": str(checkpoint_path),
         "checkpoint_sha256": sha256(checkpoint_path),
         "epoch": epoch_of(checkpoint),

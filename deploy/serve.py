@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from deploy.backends import Backend, Options, add_runtime, asked_for, load_exported
 from deploy.common.cli import ArgumentParser, UserError, non_negative_float, positive_int, run_main
-from deploy.infer import read_description
+from deploy.description import read_description
 
 
 def parse_args() -> argparse.Namespace:

@@ -43,6 +43,8 @@ def hostile_uploads():
     frames = [Image.new("P", (8, 8), colour) for colour in range(3)]
     gif = io.BytesIO()
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    webp = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(webp, "WEBP", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
     tiff = io.BytesIO()
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tiff, "TIFF")
     strange = io.BytesIO()
@@ -61,6 +63,7 @@ def hostile_uploads():
         "svg": ("picture.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 422),
         "animated gif": ("move.gif", gif.getvalue(), 422),
         "gif called png": ("move.png", gif.getvalue(), 422),
+        "animated webp": ("move.webp", webp.getvalue(), 422),
         "floating point": ("float.tiff", tiff.getvalue(), 422),
         "offset of pixels is a fraction": ("fraction.tiff", fraction, 422),
         "20 MB": ("large.png", bytes(20 * MB), 413),

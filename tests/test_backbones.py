@@ -15,7 +15,7 @@ from paddle.vision import models as vision
 from deploy import export_model
 from deploy.backends import load_exported
 from deploy.common.cli import UserError
-from deploy.infer import read_description
+from deploy.description import read_description
 from models import backbone as registry
 from models.backbone import BACKBONES, Backbone, build_backbone, feature_shapes
 from models.fastflow import FastFlow

@@ -570,7 +570,7 @@ def test_results_as_json_lines(exported, tmp_path):
     assert set(by_name["001.png"]) == {"path", "error"}
     for name in ("000.png", "002.png"):
         line = by_name[name]
-        assert set(line) == {"path", "score", "label", "threshold"}
+        assert set(line) == {"path", "score", "label", "threshold", "pixel_threshold", "size", "regions"}
         assert line["threshold"] == 0.5
         assert line["label"] == label(line["score"], 0.5)
         assert f"{name}  {line['label']} - score:  {line['score']:.3f}\n" in done.stdout

@@ -23,11 +23,16 @@ from benchmarks.uploads import (
     segment,
     tiff_of_strips,
     tiff_of_tile,
+    webp,
+    webp_canvas,
+    webp_chunk,
+    webp_of_codes,
 )
 from deploy.common.bombs import MOST_PARTS, MOST_SCANS, MOST_TILES
 from deploy.common.cli import UserError
 from deploy.common.imaging import read_rgb
 from deploy.service.uploads import Limits
+from tests.serving import picture_file
 
 MB = 2**20
 SMALL = Image.new("L", (64, 64), 7)
@@ -145,6 +150,62 @@ def test_a_tiff_in_a_million_strips_is_refused():
     refused(grey_tiff(64, 64, 8, {324: (16,) * (MOST_TILES + 1)}, b"", big=True), "tiles")
 
 
+# ---- WebP
+
+
+def test_honest_webp_files_are_read():
+    picture = Image.effect_noise((40, 30), 50).convert("RGBA")
+    for options in ({}, {"lossless": True}, {"icc_profile": bytes(3001)}, {"xmp": b"<x/>"}):
+        for mode in ("RGB", "RGBA"):
+            assert read(saved(picture.convert(mode), "WEBP", **options)).shape == (30, 40, 3)
+    assert read(saved(picture, "WEBP", turned=True)).shape == (40, 30, 3)
+    whole = saved(picture, "WEBP", lossless=True)
+    assert (read(whole) == np.asarray(picture.convert("RGB"))).all()
+    assert (read(whole + bytes(100_000)) == read(whole)).all()  # what follows its end is not part of it
+
+
+def test_a_webp_may_have_codes_for_each_block():
+    before = peak_memory(reset=True)
+    assert (read(webp_of_codes(64)) == 0).all()
+    assert peak_memory() - before < 60  # of 4096; the most are 65536
+
+
+def test_an_animated_webp_is_refused_however_many_frames_it_has():
+    for frames in (2, 3):
+        pictures = [Image.new("RGB", (8, 8), (40 * i,) * 3) for i in range(frames)]
+        refused(saved(pictures[0], "WEBP", save_all=True, append_images=pictures[1:]), "animated WebP")
+    refused(webp(webp_canvas(1, 1) + webp_chunk(b"ANMF", bytes(24)) * 300_000), "animated WebP")
+
+
+def test_a_webp_with_more_than_a_thousand_chunks_is_refused():
+    pixels = picture_file(0, (64, 64), "WEBP")[12:]
+    extended = webp_canvas(64, 64) + pixels
+    assert read(webp(extended + webp_chunk(b"JUNK", b"odd") * (MOST_PARTS - 2))).shape == (64, 64, 3)
+    refused(webp(extended + webp_chunk(b"JUNK", b"odd") * (MOST_PARTS - 1)), "beside its pixels")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        picture_file(0, (300, 200), "WEBP"),
+        picture_file(0, (300, 200), "WEBP", lossless=True),
+        picture_file(0, (300, 200), "WEBP", icc_profile=b"profile"),
+        webp(webp_canvas(300, 200)),
+    ],
+)
+def test_the_size_of_a_webp_is_known_before_it_is_opened(start):
+    refused(start, "300x200 is more than the 59999 pixels", max_pixels=59_999)
+
+
+def test_a_webp_that_says_it_is_sixteen_million_pixels_wide_is_refused():
+    refused(webp(webp_canvas(2**24, 2**24)), "16777216x16777216 is more than")
+
+
+def test_what_only_begins_like_a_webp_is_no_picture():
+    for content in (b"RIFF", b"RIFF\4\0\0\0WEBP", b"RIFF\4\0\0\0WAVE", webp(b"VP8 "), webp(b"VP8X\1\0\0\0")):
+        refused(content, "cannot be read as a picture")
+
+
 # ---- all of them, damaged
 
 
@@ -171,6 +232,10 @@ def originals():
     yield tiff_of_tile(64, order=">")
     yield tiff_of_tile(64, big=True)
     yield tiff_of_strips(40)
+    yield saved(colours, "WEBP", turned=True)
+    yield saved(colours.convert("RGBA"), "WEBP", quality=30)
+    yield saved(colours, "WEBP", lossless=True)
+    yield saved(colours, "WEBP", save_all=True, append_images=[colours.rotate(90)])
 
 
 def damaged(rng, content):

@@ -32,11 +32,12 @@ def mask(*values):
 
 @pytest.fixture
 def make(tmp_path):
-    """`make(file, ...)` makes a category `part` of such pictures and returns the data folder."""
+    """`make(file, ...)` makes a category `part` of such pictures, masks where they lie, and returns the data folder."""
 
     def make(*files):
         for file in files:
-            save(tmp_path / "part" / file)
+            is_mask = file.lower().startswith(("ground", "gt", "mask", "test_public/ground"))
+            save(tmp_path / "part" / file, mask(255) if is_mask else None)
         return tmp_path
 
     return make
@@ -110,6 +111,16 @@ def test_a_category_given_for_its_parent_is_told(make):
         list_categories(data / "part")
 
 
+def test_categories_one_folder_deeper_are_told(tmp_path, make):
+    make(*USUAL)
+    (tmp_path / "mvtec").mkdir()
+    (tmp_path / "part").rename(tmp_path / "mvtec/part")
+    with pytest.raises(UserError, match=rf"some in mvtec: give --data {tmp_path / 'mvtec'}"):
+        list_categories(tmp_path)
+    with pytest.raises(UserError, match=r"elsewhere: no such folder"):
+        load_category(tmp_path / "elsewhere", "part")
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -173,6 +184,49 @@ def test_masks_that_a_rule_drops_are_one_line(make, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "0_mask.png and 1 more" in line
     assert "-o mask_rule=nonzero" in line
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode", "words"),
+    [
+        (mask(200), "L", "no mask has a value above 200: mask_rule: published counts none of their pixels"),
+        (mask(), "L", "masks that mark nothing: "),
+        (mask(), "LA", "masks that mark nothing (alpha does not count: save them grey): "),
+        (255 - mask(255), "L", "every mask marks more than half of its picture"),
+    ],
+)
+def test_masks_that_are_not_what_they_should_be_are_told(make, tmp_path, pixels, mode, words):
+    data = make(*USUAL)
+    for i in range(2):
+        path = save(tmp_path / f"part/ground_truth/dent/{i}_mask.png", pixels)
+        with Image.open(path) as image:
+            image.convert(mode).save(path)
+    (warning,) = checked(data).warnings
+    assert words in warning
+
+
+@pytest.mark.parametrize("values", [(1, 3), (255,), (257, 65535)])
+def test_a_mask_of_16_bit_may_hold_values_of_8(make, tmp_path, values):
+    data = make(*USUAL)
+    for i in range(2):
+        save(tmp_path / f"part/ground_truth/dent/{i}_mask.png", mask().astype(np.uint16) + np.uint16(values[-1]))
+    assert load_ground_truth(load_category(data, "part").test, (6, 8), "half").masks[:2].all()
+
+
+def test_masks_among_the_pictures_are_told(make):
+    names = ("test/dent/0_mask.png", "test/dent/1_GT.png", "train/good/0_label.bmp", "test/good/face_mask.png")
+    warnings = checked(make(*USUAL, *names)).warnings
+    assert [warning.partition(";")[0] for warning in warnings] == [
+        "train/good has masks among its pictures (train/good/0_label.bmp)",
+        "test/dent has masks among its pictures (test/dent/0_mask.png, test/dent/1_GT.png)",
+    ]
+
+
+@pytest.mark.parametrize(("word", "lacking"), [("good", "picture with a defect"), ("dent", "good picture")])
+def test_a_test_of_one_kind_is_told(make, word, lacking):
+    (warning,) = checked(make("train/good/0.png", "train/good/1.png", f"test/{word}/0.png")).warnings
+    assert f"test has no {lacking}" in warning
+    assert "-o selection=last" in warning
 
 
 # ---- the report

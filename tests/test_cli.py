@@ -74,6 +74,31 @@ def test_what_an_interruption_says_follows_it(capsys):
     assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\ngo on with\npython 'a  b.py'\n")
 
 
+def test_an_interruption_of_an_import_is_one_too(capsys):
+    def main():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("initialization failed") from interrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    signal.signal(signal.SIGTERM, before)
+    assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
+def test_a_file_that_looks_like_an_option_is_told(tmp_path, monkeypatch, capsys):
+    parser = ArgumentParser(prog="predict.py")
+    add_pictures(parser, "0.8")
+    (tmp_path / "-x.png").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["predict.py", "--image_path", "-x.png", "a.png"])
+    with pytest.raises(SystemExit):
+        parser.parse_args()
+    assert "-x.png is a file: write ./-x.png" in capsys.readouterr().err
+
+
 def test_an_interval_may_be_never():
     assert (interval("-1"), interval("3")) == (-1, 3)
     for text in ("0", "-2", "1.5"):

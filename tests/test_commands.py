@@ -281,7 +281,7 @@ def test_ctrl_c_draws_the_curves_and_says_how_to_go_on(empty):
     folder = empty.folder / "results/exp/bottle"
     assert state == "the epochs so far are in results/exp/bottle; go on with"
     assert command.endswith(" --resume")
-    assert read_rgb(folder / "curves.png").shape == (400, 1000, 3)
+    assert read_rgb(folder / "curves.png").shape == (450, 1000, 3)
     assert len(empty.history("exp")) == 1
     assert len(interrupted(empty, "--resume", at_rename=6)[0].splitlines()) > 5
     assert len(empty.history("exp")) == 2
@@ -629,6 +629,42 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
     assert "--threshold_rule quantile" in done.stderr.splitlines()[0]
 
 
+def test_what_can_be_found_is_said_at_the_end_of_a_training_and_on_demand(workplace):
+    done = workplace.train("seen", "-cfg", "configs/resnet18_few.yaml", "--epochs", 1)
+    folder = workplace.folder / "results/seen/bottle"
+    content = json.loads((folder / "sensitivity.json").read_text())
+    assert f"bottle  {content['line']}" in done.stdout.splitlines()
+    assert re.match(r"spots of .* px \(of 256 px\) .* false alarm rate of 0.33 \(", content["line"])
+    assert (folder / "sensitivity.png").exists()
+    options = ("-cfg", folder / "config.yaml", "--data", "lite_data", "-cat", "bottle", "--exp_dir", "seen")
+    workplace.succeed("eval.py", *options)  # sets the same threshold, so what train.py measured holds
+    assert workplace.result("seen")["sensitivity"]["line"] == content["line"]
+    assert content["line"] in (folder / "report.html").read_text()
+    done = workplace.succeed("eval.py", *options, "--false_alarm_rate", "0.7")
+    assert workplace.result("seen")["sensitivity"] is None
+    done = workplace.succeed("eval.py", *options, "--false_alarm_rate", "0.7", "--sensitivity")
+    measured = workplace.result("seen")["sensitivity"]
+    assert measured["false_alarm_rate"] == 0.7
+    assert f"bottle: {measured['line']}" in done.stdout.splitlines()
+    assert len(re.findall(r"^ +\d+ +\d+ .* of \d+", done.stdout, re.MULTILINE)) > 5
+
+
+def test_without_held_out_pictures_nothing_is_said_of_what_can_be_found(workplace):
+    folder = workplace.folder / "results/exp/bottle"
+    assert not (folder / "sensitivity.json").exists()
+    common = ("-cfg", "configs/resnet18.yaml", *TINY, "--data", "lite_data", "-cat", "bottle", "--exp_dir", "exp")
+    before = (folder / "report.html").read_bytes()
+    line = workplace.fail("eval.py", *common, "--sensitivity")
+    assert "results/exp/bottle/best.pdparams: --sensitivity needs good pictures" in line
+    assert (folder / "report.html").read_bytes() == before
+
+
+def test_the_report_tells_what_was_learnt_from_and_how_to_repeat_it(workplace):
+    text = (workplace.folder / "results/exp/bottle/report.html").read_text()
+    assert "24 good pictures (24 of 256x256); 0 held out; sha256 of the list of names " in text
+    assert "python train.py -cfg results/exp/bottle/config.yaml --data lite_data --exp_dir exp -cat bottle" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
@@ -872,7 +908,7 @@ def test_the_rule_for_thresholds_is_the_checkpoints_too(workplace):
     workplace.copy_checkpoint(
         "own_rule", held_out=["000.png", "001.png"], config={**content["config"], "threshold_rule": "quantile"}
     )
-    options = ("eval.py", "--data", "lite_data", "--exp_dir", "own_rule", "--false_alarm_rate", "0.5")
+    options = ("eval.py", "--data", "lite_data", "--exp_dir", "own_rule", "--false_alarm_rate", "0.7")
     assert "(quantile)" in workplace.succeed(*options).stdout
     line = workplace.fail(*options, "-cfg", "configs/resnet18.yaml", *TINY)
     assert "--false_alarm_rate: goes with --threshold_rule quantile, and the rule of bottle is published" in line

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from datasets.mvtec import list_categories, load_category, load_ground_truth, read_batches
 from deploy.common.cli import UserError
 from deploy.common.imaging import preprocess, read_rgb
-from deploy.infer import read_description
+from deploy.description import read_description
 from deploy.service.app import Limits, create_app
 from models.fastflow import FastFlow
 from tests import torch_files
@@ -293,7 +293,7 @@ def test_descriptions_and_thresholds_of_any_content(tmp_path, data):
 
 
 PICTURES = st.sampled_from(
-    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF")]
+    [picture_file(200, (9, 7), kind) for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")]
     + [picture_file(200, (9, 7), "TIFF", compression="tiff_lzw"), picture_file(9, (9, 7), "JPEG", progressive=True)]
 )
 FILES = st.binary(max_size=100) | PICTURES | damaged(PICTURES)

@@ -60,7 +60,17 @@ def test_the_name_of_a_picture_forges_no_line():
 @pytest.fixture
 def pictures(tmp_path):
     """Files of all kinds; none is opened by the functions under test."""
-    for name in ("b.png", "a.JPG", "c.Tiff", ".hidden.png", "note.txt", "sub/d.bmp", "sub/e.jpeg", "[x]/f.tif"):
+    for name in (
+        "b.png",
+        "a.JPG",
+        "c.Tiff",
+        ".hidden.png",
+        "note.txt",
+        "sub/d.bmp",
+        "sub/e.jpeg",
+        "sub/g.WebP",
+        "[x]/f.tif",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -75,7 +85,7 @@ def names(paths, folder):
     ("path", "found"),
     [
         ("", ["a.JPG", "b.png", "c.Tiff"]),
-        ("sub/", ["sub/d.bmp", "sub/e.jpeg"]),
+        ("sub/", ["sub/d.bmp", "sub/e.jpeg", "sub/g.WebP"]),
         ("[x]", ["[x]/f.tif"]),
         ("b.png", ["b.png"]),
         ("note.txt", ["note.txt"]),  # a file that is named is taken at its word; reading it says what is wrong
@@ -83,7 +93,7 @@ def names(paths, folder):
         ("n*", ["note.txt"]),
         ("*.png", ["b.png"]),
         ("sub/*.bmp", ["sub/d.bmp"]),
-        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "note.txt", "sub/d.bmp", "sub/e.jpeg"]),
+        ("**/*", ["[x]/f.tif", "a.JPG", "b.png", "c.Tiff", "note.txt", "sub/d.bmp", "sub/e.jpeg", "sub/g.WebP"]),
     ],
 )
 def test_list_images(pictures, path, found):
@@ -115,7 +125,7 @@ def test_several_paths_come_in_their_order_and_each_file_once(pictures, monkeypa
     absolute = f"{pictures}/sub/../sub/d.bmp"
     given = ["sub", "*.png", "./b.png", "a.JPG", absolute, "link/e.jpeg", "[x]", "note.txt"]
     assert [str(path) for path in list_images(*given)] == [
-        *("sub/d.bmp", "sub/e.jpeg"),
+        *("sub/d.bmp", "sub/e.jpeg", "sub/g.WebP"),
         *("b.png", "a.JPG", "[x]/f.tif", "note.txt"),
     ]
     with pytest.raises(UserError, match=r"absent\.png: no such file"):
@@ -188,13 +198,15 @@ def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
 # ---- preprocess
 
 
-def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path, suffix):
     upright = np.zeros((6, 9, 3), np.uint8)
     upright[:2] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: to be turned clockwise
-    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "phone.png", exif=exif)
-    np.testing.assert_array_equal(read_rgb(tmp_path / "phone.png"), upright)
+    path = tmp_path / f"phone.{suffix}"
+    Image.fromarray(np.rot90(upright).copy()).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    np.testing.assert_array_equal(read_rgb(path), upright)
 
 
 def test_preprocessing_is_imagenet_normalisation_channels_first():

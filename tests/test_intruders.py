@@ -14,7 +14,7 @@ import yaml
 from deploy.common.cli import UserError, report_error, warn
 from deploy.common.imaging import list_images, read_rgb
 from deploy.common.plain_yaml import MOST_CHARACTERS, parse_yaml
-from deploy.infer import read_description
+from deploy.description import read_description
 from tests.serving import png_that_claims
 from utils.checkpoint import load_checkpoint, load_model
 from utils.config import load_config

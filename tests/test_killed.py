@@ -20,7 +20,7 @@ import pytest
 from deploy import export_model
 from deploy.backends import model_files
 from deploy.common.cli import UserError
-from deploy.infer import read_description
+from deploy.description import read_description
 from tests.forked import outputs, start
 from tests.test_files import recorded
 from utils.checkpoint import load_checkpoint

@@ -5,12 +5,34 @@ import csv
 import io
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
-from tests.serving import HOSTILE, Process
+from benchmarks.uploads import (
+    bmp_of_runs,
+    jpeg_of_scans,
+    jpeg_of_segments,
+    png_chunk,
+    png_of_chunks,
+    segment,
+    tiff_of_strips,
+    tiff_of_tile,
+    webp,
+    webp_chunk,
+)
+from deploy.common.cli import UserError
+from deploy.common.imaging import read_rgb
+from deploy.service.app import ServedModel, create_app
+from deploy.service.batching import Batcher
+from deploy.service.uploads import Limits
+from tests.serving import HOSTILE, MB, Process
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD, BAD = ROOT / "images/bottle_good.png", ROOT / "images/bottle_bad.png"
@@ -25,6 +47,33 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def server(exported):
     with Process("--models", f"{exported},second={exported}") as process:
         yield process
+
+
+RED = {"category": "red", "input_size": [60, 60], "mean": [0.0] * 3, "std": [1.0] * 3}
+RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6, "white_level": None}
+RED |= {"threshold_rule": "published", "pixel_threshold_rule": "published", "min_area": 0}
+
+
+@pytest.fixture(scope="module")
+def red_server():
+    """The address of the service on a stand-in for a model: the score of a pixel is its red."""
+
+    def run(batch):
+        return batch[:, :1], batch[:, :1], batch[:, 0].max(axis=(1, 2))
+
+    models = {name: ServedModel({**RED, **more}, Batcher(run, 8, 0.005, 64)) for name, more in RED_MODELS.items()}
+    config = uvicorn.Config(create_app(models, Limits(upload_bytes=MB, pixels=1_000_000)), port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+RED_MODELS = {"red": {}, "strict": {"image_threshold": 0.9, "pixel_threshold": 0.95}}
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +91,19 @@ def browser():
 
 
 @pytest.fixture
-def open_page(browser, server):
+def open_page(browser, server, red_server):
     """Opens the page in a fresh context; afterwards nothing may have been asked of elsewhere, or gone wrong in it."""
     contexts, asked, errors = [], [], []
 
-    def open_page(script="", **options):
+    def open_page(script="", url=server.url, **options):
         context = browser.new_context(**{"locale": "en-US", **options})
         context.add_init_script(script)
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server.url)
+        page.on("console", lambda line: errors.append(line.text) if "Content Security" in line.text else None)
+        page.goto(url)
         expect(page.locator("#model option")).to_have_count(2)
         return page
 
@@ -62,12 +112,17 @@ def open_page(browser, server):
     for context in contexts:
         context.close()
     assert not errors
-    assert not [url for url in asked if not url.startswith((server.url, "blob:", "data:"))]
+    assert not [url for url in asked if not url.startswith((server.url, red_server, "blob:", "data:"))]
 
 
 @pytest.fixture
 def page(open_page):
     return open_page()
+
+
+@pytest.fixture
+def red_page(open_page, red_server):
+    return open_page(url=red_server)
 
 
 def upload(page, *files):
@@ -97,30 +152,243 @@ def test_a_picture_gets_score_label_time_and_heat_map(page):
     assert re.fullmatch(r"\d+ ms", shown.locator(".time").inner_text())
     assert shown.locator("img").evaluate("image => image.naturalWidth") == 256
     canvas = shown.locator("canvas")
-    assert canvas.evaluate("canvas => [canvas.width, canvas.height]") == [64, 64]
+    assert canvas.evaluate("canvas => [canvas.width, canvas.height]") == [320, 320]
     assert canvas.bounding_box() == shown.locator("img").bounding_box()
-    colours = canvas.evaluate(
-        "c => new Set(Array.from(new Uint32Array(c.getContext('2d').getImageData(0, 0, 64, 64).data.buffer))).size"
-    )
-    assert colours > 10
+    assert shown.locator(".model").inner_text() == "bottle"
 
 
-def test_the_heat_map_has_the_colours_of_infer(page):
-    scored(page, GOOD)
+def save_turned(picture, path, orientation):
+    """Save an upright picture as a camera would that was held otherwise."""
+    undone = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    undone |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    if orientation in undone:
+        picture = picture.transpose(Image.Transpose[undone[orientation]])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(path, exif=exif)
+
+
+def quarters(*colours):
+    """A picture of 120x80 of four colours: above left and right, below left and right."""
+    small = np.uint8(colours).reshape(2, 2, 3)
+    return Image.fromarray(small.repeat(40, axis=0).repeat(60, axis=1))
+
+
+def shot(place):
+    """The pixels of a page or an element as they are on the screen."""
+    return np.asarray(Image.open(io.BytesIO(place.screenshot())).convert("RGB")).astype(int)
+
+
+def middles(pixels, box=None):
+    """The colours in the middle of its four quarters, or of those of a box in it."""
+    box = box or {"x": 0, "y": 0, "width": pixels.shape[1], "height": pixels.shape[0]}
+    xs = [int(box["x"] + box["width"] * share) for share in (0.25, 0.75)]
+    return [pixels[int(box["y"] + box["height"] * share), x] for share in (0.25, 0.75) for x in xs]
+
+
+RED_QUARTER = quarters((255, 0, 0), (0, 200, 0), (0, 0, 200), (100, 100, 100))
+TURNED = [("jpg", turn) for turn in range(1, 9)] + [(kind, turn) for kind in ("png", "webp") for turn in (3, 5, 6)]
+
+
+def test_a_picture_stands_upright_under_its_map_whatever_exif_says(open_page, red_server, tmp_path):
+    page = open_page(url=red_server, viewport={"width": 1280, "height": 1600})
+    paths = [tmp_path / f"{turn}.{kind}" for kind, turn in TURNED]
+    for path, (_, turn) in zip(paths, TURNED, strict=True):
+        save_turned(RED_QUARTER, path, turn)
+    upload(page, *paths)
+    expect(page.locator("article[data-state=Anomaly]")).to_have_count(len(paths))
+    yellow = np.add([255, 0, 0], [240, 249, 33]) // 2  # half of plasma's last colour over the red
+    drawn = [yellow, (0, 200, 0), (0, 0, 200), (100,) * 3]
+    pixels = shot(page)
+    for path in paths:
+        box = card(page, path.name).locator(".picture").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(1.5, abs=0.02)
+        np.testing.assert_allclose(middles(pixels, box), drawn, atol=6, err_msg=path.name)
+    save_turned(RED_QUARTER, tmp_path / "6.tif", 6)  # which Chromium does not show: the map has its form all the same
+    box = scored(page, tmp_path / "6.tif").locator("canvas").bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(1.5, abs=0.02)
+    card(page, "6.jpg").locator(".enlarge").click()
+    np.testing.assert_allclose(middles(shot(page.locator("#large .picture"))), drawn, atol=6)
+
+
+def test_the_colours_are_those_of_infer_from_the_pixel_threshold_to_one(page):
+    """Of OpenCV's plasma, at the place between the two; at the threshold and below nothing is drawn."""
     png = io.BytesIO()
-    Image.frombytes("L", (3, 1), bytes([0, 128, 255])).save(png, "PNG")
-    pixels = page.evaluate(
-        """async (png) => {
-            const canvas = document.createElement("canvas");
-            await drawHeat(canvas, png);
-            return Array.from(canvas.getContext("2d").getImageData(0, 0, 3, 1).data);
-        }""",
-        base64.b64encode(png.getvalue()).decode(),
-    )
-    blue, green, red = pixels[0:3], pixels[4:7], pixels[8:11]
-    assert blue[2] > 100 > blue[0] + blue[1]
-    assert green[1] == 255
-    assert red[0] > 100 > red[1] + red[2]
+    Image.fromarray(np.arange(256, dtype=np.uint8)[None]).save(png, "PNG")
+    scores = np.arange(256) / 255
+    for threshold in (0, 0.6, 1, 1.5):
+        drawn = page.evaluate(
+            """async ([png, threshold]) => {
+                const canvas = document.createElement("canvas");
+                drawHeat(canvas, await readMap(png), threshold, 256);
+                return Array.from(canvas.getContext("2d").getImageData(0, 0, 256, 1).data);
+            }""",
+            [base64.b64encode(png.getvalue()).decode(), threshold],
+        )
+        drawn = np.reshape(drawn, (256, 4))
+        above = scores > threshold
+        np.testing.assert_array_equal(drawn[:, 3], 255 * above)
+        if above.any():
+            places = np.uint8(np.round((scores[above] - threshold) / (1 - threshold) * 255))
+            plasma = cv2.applyColorMap(places[None], cv2.COLORMAP_PLASMA)[0, :, ::-1]
+            np.testing.assert_allclose(drawn[above, :3], plasma, atol=4)
+
+
+def test_the_outline_parts_what_is_above_the_pixel_threshold(red_page, tmp_path):
+    RED_QUARTER.save(tmp_path / "red.png")
+    shown = scored(red_page, tmp_path / "red.png")
+    numbers = [float(n) for n in re.findall(r"[\d.]+", shown.locator("path").get_attribute("d"))]
+    assert shown.locator("svg").get_attribute("viewBox") == "0 0 60 60"
+    xs, ys = numbers[::2], numbers[1::2]
+    assert max(min(xs), min(ys)) < 0.5  # it closes at the edge of the picture
+    assert max(xs) == pytest.approx(30, abs=0.5)
+    assert max(ys) == pytest.approx(30, abs=0.5)
+    set_slider(red_page, "Heat map", 0)
+    pixels = shot(shown.locator(".picture"))
+    height, width = pixels.shape[:2]
+    np.testing.assert_allclose(middles(pixels)[0], (255, 0, 0), atol=2)  # the slider fades the colours, not the line
+    assert pixels[height // 4, width // 2 - 3 : width // 2 + 3].min(axis=1).max() > 180  # white
+
+
+def test_the_boxes_of_regions_can_be_shown_and_say_their_numbers(red_page, tmp_path):
+    save_turned(RED_QUARTER, tmp_path / "red.jpg", 6)
+    shown = scored(red_page, tmp_path / "red.jpg")
+    box = shown.locator("rect")
+    expect(box).to_have_count(1)
+    expect(box).to_be_hidden()
+    red_page.get_by_role("checkbox", name="Boxes").check()
+    expect(box).to_be_visible()
+    sides = shown.locator(".picture").bounding_box(), box.bounding_box()
+    for name, share in (("x", 0), ("y", 0), ("width", 0.5), ("height", 0.5)):
+        start = sides[0][name] if name in "xy" else 0
+        whole = sides[0]["width" if name in ("x", "width") else "height"]
+        assert (sides[1][name] - start) / whole == pytest.approx(share, abs=0.03)
+    title = box.locator("title")
+    assert re.fullmatch(r"1: score 0.99\d, mean 0.9\d\d; 6\d × 4\d at 0, 0; area 2\d{3} pixels", title.text_content())
+    red_page.get_by_role("button", name="中文").click()
+    assert title.text_content().startswith("1：分数 0.99")
+    box.click(position={"x": 5, "y": 5})  # as the picture below it
+    expect(red_page.locator("#large rect")).to_be_visible()
+
+
+def test_an_anomaly_without_a_pixel_above_the_threshold_says_so(red_page, tmp_path):
+    red_page.get_by_role("combobox", name="Model").select_option("strict")
+    upload(red_page, *shades(tmp_path, between=235, above=250, normal=20))
+    expect(red_page.locator("article[data-state=waiting]")).to_have_count(0)
+    assert card(red_page, "between.png").locator(".error").inner_text().startswith("No pixel is above")
+    assert red_page.locator("article .error:not(:empty)").count() == 1
+
+
+def test_the_legend_has_the_pixel_threshold_of_the_model(red_page):
+    expect(red_page.locator("#pixel-threshold")).to_have_text("0.600")
+    red_page.get_by_role("combobox", name="Model").select_option("strict")
+    expect(red_page.locator("#pixel-threshold")).to_have_text("0.950")
+    bar = shot(red_page.locator(".settings .colours"))
+    middle = bar[bar.shape[0] // 2]
+    np.testing.assert_allclose(middle[2], (0x0D, 0x08, 0x87), atol=12)
+    np.testing.assert_allclose(middle[-3], (0xF0, 0xF9, 0x21), atol=12)
+
+
+def shades(folder, **reds):
+    """Pictures by name whose score is so many of 255; none: no picture. Their paths, in the order given."""
+    for name, red in reds.items():
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20), (red, 90, 90)).save(path) if red is not None else path.write_bytes(b"no picture")
+    return [folder / f"{name}.png" for name in reds]
+
+
+def shown_names(page):
+    """The names of the cards that are to be seen, and of the rows, which must be the same."""
+    names = page.locator("article:visible h3").all_text_contents()
+    assert page.locator("#rows tr:visible td:first-child").all_text_contents() == names
+    return [name.removesuffix(".png") for name in names]
+
+
+def test_results_are_sorted_and_filtered(red_page, tmp_path):
+    upload(red_page, *shades(tmp_path, good=20, bad=200, broken=None, worse=250, fine=40))
+    expect(red_page.locator("#status")).to_have_text("5 of 5 pictures, 2 with an anomaly, 1 with an error")
+    assert shown_names(red_page) == ["fine", "worse", "broken", "bad", "good"]
+    sort, show = (red_page.get_by_role("combobox", name=name) for name in ("Sort", "Show"))
+    sort.select_option("anomalies first")
+    assert shown_names(red_page) == ["worse", "bad", "broken", "fine", "good"]
+    upload(red_page, *shades(tmp_path, bad2=220))
+    expect(red_page.locator("article[data-state=Anomaly]")).to_have_count(3)
+    assert shown_names(red_page) == ["worse", "bad2", "bad", "broken", "fine", "good"]
+    show.select_option("anomalies")
+    assert shown_names(red_page) == ["worse", "bad2", "bad"]
+    set_slider(red_page, "Threshold", 0.9)
+    assert shown_names(red_page) == ["worse"]
+    show.select_option("errors")
+    assert shown_names(red_page) == ["broken"]
+    show.select_option("all")
+    red_page.get_by_role("button", name="Reset threshold").click()
+    expect(red_page.locator("#threshold-value")).to_have_text("0.500")
+    assert shown_names(red_page) == ["worse", "bad2", "bad", "broken", "fine", "good"]
+    boxes = [red_page.locator(place).bounding_box()["y"] for place in ("#status", "#csv", "#cards", "table")]
+    assert boxes == sorted(boxes)
+
+
+def test_a_picture_is_enlarged_by_click_and_by_key(red_page, tmp_path):
+    upload(red_page, *shades(tmp_path, one=200, broken=None, two=20, three=250))
+    expect(red_page.locator("article[data-state=waiting]")).to_have_count(0)
+    large = red_page.locator("#large")
+    card(red_page, "two.png").get_by_role("button", name="Enlarge two.png").click()
+    expect(large.get_by_role("heading")).to_have_text("two.png")
+    assert large.locator(".picture").bounding_box()["width"] > 500
+    for key, name in (("ArrowRight", "one.png"), ("ArrowRight", "one.png"), ("ArrowLeft", "two.png")):
+        red_page.keyboard.press(key)  # past the one that cannot be read, and no further than the last
+        expect(large.get_by_role("heading")).to_have_text(name)
+    large.get_by_role("button", name="Previous picture").click()
+    expect(large.get_by_role("heading")).to_have_text("three.png")
+    expect(large.get_by_role("button", name="Previous picture")).to_be_disabled()
+    for key, name in (("ArrowRight", "two.png"), ("ArrowLeft", "three.png")):
+        red_page.keyboard.press(key)  # although the button has the focus no more
+        expect(large.get_by_role("heading")).to_have_text(name)
+    expect(large.locator(".verdict")).to_have_text(re.compile(r"Anomaly\s+0\.980\s+red"))
+    red_page.keyboard.press("Escape")
+    expect(large).not_to_be_visible()
+    assert red_page.evaluate("document.activeElement.ariaLabel") == "Enlarge three.png"
+    red_page.keyboard.press("Enter")
+    expect(large).to_be_visible()
+    red_page.mouse.click(5, 5)  # beside it
+    expect(large).not_to_be_visible()
+
+
+def test_a_tall_picture_does_not_fill_the_page(red_page, tmp_path):
+    RED_QUARTER.resize((100, 3000)).save(tmp_path / "tall.png")
+    shown = scored(red_page, tmp_path / "tall.png")
+    box = shown.locator(".picture").bounding_box()
+    assert (box["height"], box["width"]) == (pytest.approx(320, abs=1), pytest.approx(320 / 30, abs=1))
+    shown.locator(".enlarge").click()
+    assert red_page.locator("#large").bounding_box()["height"] < 700
+
+
+def test_a_folder_is_picked_with_the_names_of_its_folders(red_page, tmp_path):
+    shades(tmp_path / "set", **{"day10/a": 20, "day2/a": 200, "b": 20})
+    (tmp_path / "set/notes.txt").write_text("no picture")
+    (tmp_path / "set/.hidden.png").write_bytes(b"")
+    red_page.set_input_files("#folder", tmp_path / "set")
+    expect(red_page.locator("#status")).to_contain_text("3 of 3 pictures, 1 with an anomaly, 0 with an error")
+    assert shown_names(red_page) == ["set/day10/a", "set/day2/a", "set/b"]  # the newest first
+    expect(red_page.locator("#notice")).to_contain_text("3 pictures in the folder; 2 files left out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("no picture")
+    red_page.set_input_files("#folder", tmp_path / "empty")
+    expect(red_page.locator("#notice")).to_contain_text("0 pictures in the folder; 1 files left out")
+
+
+def test_a_folder_is_dropped_with_the_names_of_its_folders(red_page, tmp_path):
+    shades(tmp_path / "set", **{f"many/{i}": 20 for i in range(101)})  # more than a browser hands out at once
+    shades(tmp_path, single=200)
+    devtools = red_page.context.new_cdp_session(red_page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        files = [str(tmp_path / "set"), str(tmp_path / "single.png")]
+        data = {"items": [], "files": files, "dragOperationsMask": 1}
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 100, "data": data})
+    expect(red_page.locator("#status")).to_contain_text("102 of 102 pictures, 1 with an anomaly", timeout=20000)
+    names = shown_names(red_page)
+    assert names == ["single", *(f"set/many/{i}" for i in reversed(range(101)))]
 
 
 def test_the_threshold_slider_flips_the_label_without_asking_the_server(page, open_page):
@@ -176,14 +444,15 @@ def test_the_name_of_a_file_is_text_whatever_it_says(page, tmp_path):
     assert page.title() == "FastFlow"
 
 
-def test_the_session_is_downloaded_as_csv(page, tmp_path):
+def test_the_session_is_downloaded_as_csv_in_english(open_page, tmp_path):
     risky = tmp_path / '=1+1,"quoted".png'
     risky.write_bytes(b"no picture")
+    page = open_page(locale="zh-CN")  # the CSV is English all the same
     scored(page, BAD)
     upload(page, risky)
-    expect(card(page, risky.name).locator("strong")).to_have_text("error")
+    expect(card(page, risky.name).locator("strong")).to_have_text("错误")
     with page.expect_download() as download:
-        page.get_by_role("button", name="Download CSV").click()
+        page.get_by_role("button", name="下载 CSV").click()
     assert re.fullmatch(r"fastflow-[\dT-]+\.csv", download.value.suggested_filename)
     content = Path(download.value.path()).read_bytes()
     assert content.startswith(b"\xef\xbb\xbf")
@@ -250,10 +519,10 @@ def test_a_heat_map_that_cannot_be_drawn_holds_nothing_up(page):
 
 def test_the_keyboard_is_enough(page):
     names = []
-    for _ in range(7):
+    for _ in range(8):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-    assert names == ["API", "language", "pick", "shoot", "model", "threshold", "opacity"]
+    assert names == ["API", "language", "pick", "pick-folder", "shoot", "model", "threshold", "opacity"]
     with page.expect_file_chooser() as chooser:
         page.locator("#pick").focus()
         page.keyboard.press("Enter")
@@ -263,6 +532,19 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("End")
     expect(page.locator("#threshold-value")).to_have_text("1.000")
     expect(page.locator("article strong")).to_have_text("Normal")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # on the button that takes it back
+    expect(page.locator("#threshold-value")).to_have_text("0.800")
+    names = []
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert names == ["opacity", "sort", "filter", "csv", "clear", "enlarge"]
+    page.keyboard.press("Enter")
+    expect(page.locator("#large")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#large")).not_to_be_visible()
+    assert page.evaluate("document.activeElement.className") == "enlarge"
 
 
 def test_every_control_has_a_name(page):
@@ -284,6 +566,60 @@ def test_chinese_and_english(open_page):
     assert shown.locator("strong").inner_text() in ("Anomaly", "Normal")
     page.reload()
     expect(page.get_by_role("button", name="Choose pictures")).to_be_visible()  # the choice is remembered
+
+
+def said_of(content):
+    """What the service says of a picture file that it refuses."""
+    with pytest.raises(UserError) as error:
+        read_rgb(Path("image"), io.BytesIO(content), 1_000_000)
+    return str(error.value)
+
+
+def refused_files():
+    """Files of every kind that are refused."""
+    paths = ("path", "absolute path", "windows path", "dots")  # it is their name that is refused
+    yield from (content for trouble, (_, content, status) in HOSTILE.items() if status == 422 and trouble not in paths)
+    beyond = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(beyond, "TIFF")
+    yield beyond.getvalue()
+    yield jpeg_of_scans(101, 64)
+    yield jpeg_of_segments(segment(1), 2000)
+    yield png_of_chunks(png_chunk(b"tEXt", b"a\0b"), 2000, Image.new("L", (8, 8)))
+    yield bmp_of_runs(900, 900, b"\1\0\0\0" * 900)
+    yield tiff_of_tile(2000)
+    yield tiff_of_strips(100_001)
+    yield webp(webp_chunk(b"JUNK", b"") * 2000)
+
+
+NAMES = "https://shop.example --allow_origins allow origins cup bottle second"
+SAID = [
+    (403, "pages of https://shop.example may not post pictures here; --allow_origins lets them"),
+    (404, "no model cup; there are: bottle, second"),
+    (408, "the upload took more than 30 seconds"),
+    (413, "the upload is larger than 10 MB; scale the picture down"),
+    (422, "image: takes more than 10 seconds to decode; save it in another format"),
+    (422, "image: makes its decoder fail; save it in another format"),
+    (422, "image: cannot be read as a picture (MemoryError)"),
+    (500, "the server failed; its log says why"),
+    (503, "busy; come again"),
+]
+
+
+def test_errors_are_chinese_through_and_through(page):
+    said = [*SAID, *((422, said_of(content)) for content in refused_files())]
+    assert len({re.sub(r"\d+|\(.*", "", detail) for _, detail in said}) > 17
+    for status, detail in said:
+        told, english = page.evaluate(
+            "problem => ['zh', 'en'].map(language => errorText(problem, TEXTS[language]))",
+            {"status": status, "detail": detail},
+        )
+        words = set(re.findall(r"[A-Za-z]{2,}", told))
+        assert words <= {"JPEG", "PNG", "TIFF", "WebP", "MB", *re.findall(r"\w+", NAMES)}, told
+        assert re.sub(r"^image: (cannot be read as a picture \((.*)\)$)?", r"\2", detail) in english
+    told = page.evaluate("errorText({ status: 502 }, TEXTS.zh)"), page.evaluate("errorText({ status: 0 }, TEXTS.zh)")
+    assert told == ("服务器拒绝了请求", "无法连接服务器")
+    unknown = {"status": 422, "detail": "image: something $1 new"}
+    assert page.evaluate("problem => errorText(problem, TEXTS.zh)", unknown) == "不是可读的图片（something $1 new）"
 
 
 def test_a_browser_that_lets_pages_store_nothing_shows_the_page_all_the_same(open_page):
@@ -319,11 +655,11 @@ def test_both_languages_have_every_text(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_stand_out_in_light_and_dark(open_page, scheme):
     page = open_page(color_scheme=scheme)
-    shown = scored(page, BAD)
+    scored(page, BAD)
     for threshold in (0, 1):
         set_slider(page, "Threshold", threshold)
-        for place in (shown.locator("strong"), shown.locator(".time"), page.locator("#status"), page.locator("h1")):
-            assert contrast(place) >= 4.5  # WCAG AA
+        for place in ("article strong", "article .time", "article .model", "#status", ".settings p", "td:nth-child(5)"):
+            assert contrast(page.locator(place)) >= 4.5, place  # WCAG AA
     dark = luminance(page.locator("body").evaluate("node => getComputedStyle(node).backgroundColor")) < 0.2
     assert dark == (scheme == "dark")
 
@@ -347,15 +683,26 @@ def contrast(place):
     return (high + 0.05) / (low + 0.05)
 
 
-def test_a_phone_shows_all_of_it_without_scrolling_sideways(open_page):
-    page = open_page(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True, locale="en-US")
-    scored(page, BAD)
+@pytest.mark.parametrize("language", ["en-US", "zh-CN"])
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(open_page, tmp_path, language):
+    page = open_page(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True, locale=language)
+    shutil.copy(BAD, tmp_path / f"{'a-long-name-' * 6}.png")
+    shown = scored(page, tmp_path / f"{'a-long-name-' * 6}.png")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    for name in ("Choose pictures", "Camera", "Download CSV"):
-        box = page.get_by_role("button", name=name).bounding_box()
+    assert page.locator(".scroll").evaluate("node => node.scrollWidth <= node.clientWidth")  # nor within the table
+    for place in page.locator("button:visible, select:visible").all():
+        box = place.bounding_box()
         assert box["height"] >= 40
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360
+    with page.expect_file_chooser():
+        page.get_by_text({"en-US": "Tap to choose pictures", "zh-CN": "点按选择图片"}[language]).tap()
+    assert not page.locator(".sources .drop").is_visible()
+    shown.locator(".enlarge").tap()
+    box = page.locator("#large").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+    assert page.locator("#large-close").bounding_box()["y"] < 740
 
 
 def test_a_busy_or_absent_server_is_waited_for_or_named(page):
@@ -375,9 +722,25 @@ def test_a_busy_or_absent_server_is_waited_for_or_named(page):
     upload(page, GOOD)
     expect(card(page, GOOD.name).first.locator(".error")).to_contain_text("upload took too long")
     page.unroute("**/*:predict")
+    page.route("**/*:predict", lambda route: route.fulfill(status=413, body="<html>of a proxy</html>"))
+    upload(page, GOOD)
+    expect(card(page, GOOD.name).first.locator(".error")).to_have_text("The file is too large")
+    page.unroute("**/*:predict")
     page.route("**/*:predict", lambda route: route.abort())
     upload(page, BAD)
     expect(card(page, BAD.name).locator(".error")).to_contain_text("cannot be reached")
+
+
+def test_a_server_that_was_away_when_the_page_came_is_asked_again(page):
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#notice")).to_have_text("The server cannot be reached")
+    upload(page, GOOD)
+    expect(page.locator("#notice")).to_have_text("The server cannot be reached")
+    assert page.locator("article").count() == 0
+    page.unroute("**/v1/models")
+    scored(page, GOOD)
+    expect(page.locator("#notice")).to_be_empty()
 
 
 def test_the_docs_work_offline(page, server):

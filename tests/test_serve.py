@@ -45,6 +45,9 @@ def served(run=brightness_model, places=64, **description):
         "white_level": None,
         "image_score": "max",
         "top_share": None,
+        "threshold_rule": "published",
+        "pixel_threshold_rule": "published",
+        "min_area": 0,
         "image_threshold": 0.5,
         "pixel_threshold": 0.6,
         **description,
@@ -77,6 +80,10 @@ def test_a_form_is_scored(client):
         "image_threshold": 0.5,
         "pixel_threshold": 0.6,
         "anomalous_share": 1.0,
+        "size": [30, 40],
+        "orientation": 1,
+        "min_area": 0,
+        "regions": [{"box": [0, 0, 40, 30], "area": 1200, "centre": [19.5, 14.5], "highest": 0.75, "mean": 0.75}],
         "map": None,
         "batch_size": 1,
     }
@@ -111,11 +118,39 @@ def test_the_map_is_a_picture_of_the_models_size(client):
     assert grey.shape == (16, 8)
     np.testing.assert_array_equal(grey, np.repeat([[0, 191]], 4, axis=1).repeat(16, axis=0))
     assert said["anomalous_share"] == 0.5
+    assert [region["box"] for region in said["regions"]] == [[22, 0, 18, 30]]  # 0.6 of the 0.75
+    assert post(client, file.getvalue(), min_area="541").json()["regions"] == []
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF"])
+def test_the_map_comes_at_the_pictures_size_and_as_bytes(client):
+    half = np.zeros((30, 40, 3), np.uint8)
+    half[:, 20:] = 255
+    file = io.BytesIO()
+    Image.fromarray(half).save(file, "PNG")
+    said = post(client, file.getvalue(), map="true", map_size="original").json()
+    content = base64.b64decode(said["map"])
+    grey = np.asarray(Image.open(io.BytesIO(content)))
+    assert grey.shape == (30, 40)
+    assert (grey[:, :17] == 0).all() and (grey[:, 23:] == 191).all()
+    upload = {"image": ("picture.png", file.getvalue())}
+    answer = client.post(PREDICT, files=upload, data={"map_size": "original"}, headers={"Accept": "image/png"})
+    assert (answer.status_code, answer.headers["Content-Type"], answer.content) == (200, "image/png", content)
+    assert (float(answer.headers["X-Score"]), answer.headers["X-Label"]) == (0.75, "Anomaly")
+    assert post(client, file.getvalue(), map_size="huge").status_code == 422
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
 def test_kinds_of_pictures(client, file_format):
     assert post(client, picture_file(file_format=file_format)).json()["score"] == 0.75
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_the_answer_says_how_the_file_lies_and_how_large_the_upright_picture_is(client, file_format):
+    for orientation, size in ((1, [30, 40]), (3, [30, 40]), (5, [40, 30]), (6, [40, 30]), (9, [30, 40])):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        said = post(client, picture_file(file_format=file_format, exif=exif)).json()
+        assert (said["size"], said["orientation"]) == (size, orientation if orientation < 9 else 1)
 
 
 def test_pictures_that_come_together_run_together_and_each_gets_its_own_answer():
@@ -264,6 +299,8 @@ def test_damaged_files_are_never_the_servers_fault(client):
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("TIFF", {"compression": "jpeg"}),
+        ("WEBP", {"exif": Image.Exif()}),
+        ("WEBP", {"lossless": True}),
     ]:
         file = io.BytesIO()
         noise.save(file, file_format, **options)
@@ -360,8 +397,8 @@ def test_the_end_closes_the_queues():
 
 
 def test_metrics_count_requests_errors_and_times(client):
-    for _ in range(3):
-        post(client, picture_file())
+    for shade in (0, 255, 255):
+        post(client, picture_file(shade))
     post(client, b"no picture")
     post(client, picture_file(), path="/v1/models/made-up:predict")
     answer = client.get("/metrics")
@@ -374,6 +411,12 @@ def test_metrics_count_requests_errors_and_times(client):
     assert float(figures['fastflow_request_seconds_bucket{le="10.0",model="bottle"}']) == 4
     assert float(figures['fastflow_batch_size_count{model="bottle"}']) == 3
     assert float(figures['fastflow_pictures_in_progress{model="bottle"}']) == 0
+    assert float(figures['fastflow_anomalies_total{model="bottle"}']) == 2
+    assert float(figures['fastflow_score_sum{model="bottle"}']) == 1.5
+    buckets = {
+        le: float(figures[f'fastflow_score_bucket{{le="{le}",model="bottle"}}']) for le in ("0.05", "0.7", "0.75")
+    }
+    assert buckets == {"0.05": 1, "0.7": 1, "0.75": 3}
     assert float(figures["process_resident_memory_bytes"]) > 0
     assert "made-up" not in answer.text
 
@@ -393,7 +436,7 @@ def test_the_description_names_what_the_service_takes_and_answers(client):
     described = client.get("/openapi.json").json()
     post = described["paths"]["/v1/models/{name}:predict"]["post"]
     form = post["requestBody"]["content"]["multipart/form-data"]["schema"]
-    assert set(form["properties"]) == {"image", "image_threshold", "pixel_threshold", "map"}
+    assert set(form["properties"]) == {"image", "image_threshold", "pixel_threshold", "min_area", "map", "map_size"}
     assert set(post["requestBody"]["content"]["application/json"]["schema"]["properties"]) == set(form["properties"])
     assert set(post["responses"]) == {"200", "400", "403", "404", "408", "413", "415", "422", "503"}
     assert {"/v1/models", "/health/live", "/health/ready", "/metrics"} <= set(described["paths"])
@@ -421,7 +464,7 @@ def test_its_scores_are_those_of_infer(server, exported):
     pictures = sorted((ROOT / "images").glob("bottle_*.png"))
     command = [sys.executable, ROOT / "deploy/infer.py", "--save_inference_dir", exported]
     command += ["--image_path", ROOT / "images/bottle_*.png"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    *printed, _ = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()  # the sum
     with httpx2.Client(base_url=server.url) as client:
         for path, line in zip(pictures, printed, strict=True):
             for name in ("bottle", "second"):

@@ -3,8 +3,9 @@
 `results/{exp_dir}/{category}/best.pdparams` and `last.pdparams` hold a dictionary in `paddle.save` format with
 `epoch`, `model_state_dict` and `optimizer_state_dict`, as published, and beside them what the published files do
 not have: `backbone` (provenance), `config`, `history` (one row per epoch), `held_out` (names of the good training
-pictures that training did not see), `average` (with a moving average of the weights, which is then what
-`model_state_dict` holds: the parameters that training goes on from) and `loss_scale` (in float16 training).
+pictures that training did not see), `learnt_from` (a digest of the names of those that it did see), `average` (with a
+moving average of the weights, which is then what `model_state_dict` holds: the parameters that training goes on from)
+and `loss_scale` (in float16 training).
 """
 
 import math

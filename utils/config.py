@@ -151,6 +151,12 @@ class Config:
         "如何判断：published：高于 0.8；f1：测试集上 F1 最高的阈值；quantile：由留出的正常图片定；后两种由 eval.py 定",
         "published",
     )
+    min_area: int = key(
+        "regions above the pixel threshold of fewer pixels, of the picture as it was given, are not told; 0: all are",
+        "高于像素阈值的区域，像素数（按原图计）少于此值的不列出；0：全部列出",
+        0,
+        least=0,
+    )
     seed: int = key("of all that is random", "所有随机数的种子", 0, decides="training", least=0, most=2**63 - 1)
     epochs: int = key(
         "at most, where there are no `steps`; with lr_schedule cosine the learning rate is 0 at the end of the last",

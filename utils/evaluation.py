@@ -3,13 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import paddle
 from paddle import Tensor
 
 from datasets.mvtec import GroundTruth, LabelledImage, load_ground_truth
 from deploy.common.cli import UserError
+from deploy.common.decisions import Thresholds
+from deploy.common.imaging import upright_size
+from deploy.common.regions import find_regions
 from models.fastflow import FastFlow, negative_log_likelihood
 from utils.config import Config
 from utils.features import CacheBudget, FeatureCache
@@ -209,3 +214,39 @@ def measure_defects(
             "missed_defects": int((truth.labels[of] & (scores.image[of] <= threshold)).sum()),
         }
     return rows
+
+
+def measure_regions(
+    scores: Scores, truth: GroundTruth, test: Sequence[LabelledImage], thresholds: Thresholds
+) -> dict[str, Any] | None:
+    """How the regions that are found meet the true ones; None where some defect has no mask, or without pictures.
+
+    A true region, a connected area of the mask, is hit if a pixel of it lies in a found region. A found region is false
+    if no pixel of it lies in a true one. Both are looked for at the size of each picture, pixels that touch at a corner
+    being in one region.
+
+    Args:
+        scores, truth, test: of the same pictures.
+        thresholds: the pixel threshold, and the least pixels of a found region.
+
+    Returns:
+        `true`, how many there are; `hit`, how many of these; `found` and `false` in the same way; `false_per_picture`;
+        `pictures`, by path the four numbers of each picture where there are any.
+    """
+    if truth.masks is None:
+        return None
+    keys = ("true", "hit", "found", "false")
+    pictures: dict[str, dict[str, int]] = {}
+    for image, anomaly_map, mask in zip(test, scores.pixel, truth.masks, strict=True):
+        size = upright_size(image.path)
+        regions, found = find_regions(anomaly_map, size, thresholds.pixel, thresholds.min_area)
+        true = cv2.resize(np.uint8(mask), size[::-1], interpolation=cv2.INTER_NEAREST)
+        count, labels = cv2.connectedComponents(true, connectivity=8)
+        both = found & true.view(bool)
+        hit = len(np.unique(labels[both]))
+        right = len(np.unique(cv2.connectedComponents(np.uint8(found), connectivity=8)[1][both]))
+        numbers = (count - 1, hit, len(regions), len(regions) - right)
+        if any(numbers):
+            pictures[str(image.path)] = dict(zip(keys, numbers, strict=True))
+    total = {key: sum(numbers[key] for numbers in pictures.values()) for key in keys}
+    return {**total, "false_per_picture": total["false"] / len(test), "pictures": pictures}

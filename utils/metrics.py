@@ -135,14 +135,15 @@ def aupro(scores: np.ndarray, masks: np.ndarray, limit: float = 0.3, others: Seq
 
 def _region_weights(masks: np.ndarray) -> np.ndarray:
     """What each mask pixel counts in PRO, in the order of `scores[masks]`: 1 / (pixels of its region * regions)."""
-    weights = []
-    regions = 0
-    for mask in masks:
-        _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)  # (H, W), 0 outside
-        sizes = np.bincount(labels[mask] - 1)
-        weights.append(1 / sizes[labels[mask] - 1])
-        regions += len(sizes)
-    return np.concatenate(weights) / regions
+    shares, regions = zip(*map(region_shares, masks), strict=True)
+    return np.concatenate(shares) / sum(regions)
+
+
+def region_shares(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """What share of its region each pixel of a mask (H, W) is, in the order of `scores[mask]`; how many regions."""
+    regions, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)  # (H, W), 0 outside
+    own = labels[mask] - 1
+    return 1 / np.bincount(own)[own], regions - 1
 
 
 def _sorted_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

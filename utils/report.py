@@ -72,6 +72,8 @@ def print_results(rows: Mapping[str, Row], all_metrics: bool) -> None:
             print("  ".join(f"{cell:{side}{width}}" for cell, side, width in aligned))
         for line in defect_notes(rows):
             print(line)
+        for line in region_lines(rows):
+            print(line)
     mean = means({name: {key: rounded(row.get(key)) for key in TITLES} for name, row in rows.items()})
     for name, row in {**rows, "all": mean}.items():
         print(published_line(name, row["pixel_auroc"], row["image_auroc"]))
@@ -119,6 +121,24 @@ def defect_notes(rows: Mapping[str, Row]) -> list[str]:
             names += [name] if whole else [f"{name}/{defect}" for defect in concerned]
         if names:
             lines.append(f"{reason}: {printable(', '.join(names))}")
+    return lines
+
+
+def region_lines(rows: Mapping[str, Row]) -> list[str]:
+    """A line for each category on how the regions that are found meet the true ones, or why nobody knows."""
+    lines = []
+    for name, row in rows.items():
+        if "regions" not in row:
+            continue
+        if regions := row["regions"]:
+            text = (
+                f"{regions['hit']} of {regions['true']} true ones hit, {regions['false']} of {regions['found']} found "
+                f"ones false ({regions['false_per_picture']:.2f} a picture); above the pixel threshold "
+                f"{row['decisions']['pixel']:.3f}, of {regions['min_area']} pixels or more"
+            )
+        else:
+            text = "not counted: defects without masks" if row["images"] else "not counted: no test pictures"
+        lines.append(f"regions of {printable(name)}: {text}")
     return lines
 
 
@@ -227,7 +247,7 @@ def markdown_table(experiment: str, rows: Mapping[str, Row]) -> str:
         "In percent. aupro: up to a false positive rate of 0.3; n/a: not measured, and left out of the mean.\n\n"
         f"The mean here is over {count}, those of the published reproduction and of the paper are over MVTec AD's 15 "
         "categories. The published best checkpoint was chosen on the test set.\n\n"
-        + "".join(f"* {text}\n" for text in provenance(rows))
+        + "".join(f"* {text}\n" for text in [*provenance(rows), *region_lines(rows)])
         + by_defect
     )
 

@@ -110,8 +110,12 @@ def calibrate_quantile(folder: Path, held_out: "Scores", rate: float) -> Calibra
     return Calibration(Thresholds(image, pixel, "quantile", "quantile"), folder, n, 0, rate)
 
 
-def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: Path) -> list[Path]:
+def held_out_pictures(
+    category: Category, checkpoint: Mapping[str, Any], path: Path, wanted_by: str = "the threshold rule quantile"
+) -> list[Path]:
     """The good pictures under train/good that the checkpoint at `path` says its training did not use.
+
+    `wanted_by` is what the error names, as something that can be left out.
 
     Raises:
         UserError: it held none out, or they are not there any more.
@@ -119,8 +123,8 @@ def held_out_pictures(category: Category, checkpoint: Mapping[str, Any], path: P
     names = checkpoint.get("held_out", [])
     if not names:
         raise UserError(
-            f"{path}: the threshold rule quantile needs good pictures that training did not use, and this one held "
-            "none out; train with -cfg configs/auto.yaml or -o holdout=0.1, or take another rule"
+            f"{path}: {wanted_by} needs good pictures that training did not use, and this one held none out; "
+            "train with -cfg configs/auto.yaml or -o holdout=0.1, or do without"
         )
     present = {category.name_of(picture): picture for picture in category.train}
     missing = [name for name in names if name not in present]

@@ -141,6 +141,7 @@ class Training:
         self.history: list[EpochRow] = []
         self.backbone: dict[str, Any] = {}  # where its weights are from
         self._steps = 0  # up to the end of the last epoch
+        self.learnt_from: str | None = None  # digest of the names of its pictures
         dtype, self.precision = mixed_precision() if config.amp else ("float32", "float32")
         model.train_in(dtype)
         self.optimizer = build_optimizer(model, config)
@@ -281,6 +282,7 @@ class Training:
                 "config": self.config.as_dict(),
                 "history": [asdict(row) for row in self.history],
                 "held_out": self.held_out,
+                "learnt_from": self.learnt_from,
             }
             if self.config.ema_decay:
                 content["average"] = self.average.state()

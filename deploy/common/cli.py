@@ -26,11 +26,13 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a wrong option is one line on stderr instead of the whole usage text."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {self.prog}: {message} (see {self.prog} --help)\n")
+        files = [word for word in sys.argv[1:] if word.startswith("-") and os.path.isfile(word)]  # of a pattern, say
+        advice = f"{files[0]} is a file: write ./{files[0]}" if files else f"see {self.prog} --help"
+        self.exit(2, f"error: {printable(f'{self.prog}: {message} ({advice})')}\n")
 
 
 def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: str | None = None) -> None:
-    """Add --image_path, a list of one or more, both thresholds and --save_json.
+    """Add --image_path, a list of one or more, both thresholds, --min_area, and what to write beside the drawings.
 
     Args:
         parser: of a command that scores pictures.
@@ -43,7 +45,25 @@ def add_pictures(parser: argparse.ArgumentParser, thresholds: str, image_path: s
     )
     for name, what in (("image", "a picture is an anomaly above it"), ("pixel", "a pixel is in the mask above it")):
         parser.add_argument(f"--{name}_threshold", type=finite_float, help=f"{what} ({thresholds})")
+    add_min_area(parser, thresholds)
     parser.add_argument("--save_json", metavar="FILE", help="write the results here, a line of JSON per picture")
+    parser.add_argument(
+        "--save_maps",
+        choices=("png", "npy", "tiff"),
+        help="write the anomaly maps, as large as the pictures, to maps/ in the folder of the drawings; png: 16 bit, "
+        "0 to 65535 for 0 to 1; npy, tiff: float32",
+    )
+    parser.add_argument("--save_masks", action="store_true", help="write the regions to masks/ there: PNG, 0 and 255")
+
+
+def add_min_area(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --min_area; `default` tells what holds where it is left out."""
+    parser.add_argument(
+        "--min_area",
+        type=non_negative_int,
+        metavar="PIXELS",
+        help=f"regions above the pixel threshold of fewer pixels of the picture are left out ({default})",
+    )
 
 
 def boolean(text: str) -> bool:
@@ -147,10 +167,17 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
         if end_at_once:
             os._exit(code)
     except BaseException as error:
-        # Of a KeyboardInterrupt in the midst of an import, for example, Python may make another error.
-        code = _report(error, packages) if terminated == -math.inf else 128 + signal.SIGTERM
+        code = _report(_interrupt_behind(error), packages) if terminated == -math.inf else 128 + signal.SIGTERM
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(code)
+
+
+def _interrupt_behind(error: BaseException) -> BaseException:
+    """The KeyboardInterrupt that another error was made of, as in the midst of an import; else the error itself."""
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
 
 
 def _report(error: BaseException, packages: str) -> int:

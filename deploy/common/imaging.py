@@ -17,14 +17,15 @@ from deploy.common.bombs import Bomb, check_size, check_structure
 from deploy.common.cli import UserError, escaped, warn
 from deploy.common.files import regular_file, write_whole
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # what is inside decides; nothing that starts another program
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # what is inside decides; nothing that starts another program
 # Of ImageNet, RGB, for pictures in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 FULL_WHITE = 65535  # of 16-bit pictures where nobody says otherwise
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 MARKED, TRUE = (255, 0, 0), (0, 255, 255)  # outlines, RGB: told apart in grey too
+MOST_BOXES = 20  # in a drawing
 PUBLISHED_THRESHOLD = 0.8  # of image and pixel scores
 PUBLISHED_RULE = "published"  # which says so
 
@@ -77,17 +78,18 @@ def _matches(pattern: str) -> set[Path]:
     return found
 
 
-def drawing_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+def drawing_paths(images: Sequence[Path], folder: Path, suffix: str = ".jpg") -> dict[Path, Path]:
     """Where to write the drawing of each picture: `folder`, the subfolders in which the pictures differ, name.jpg.
 
-    No two have the same place: the whole name of the picture is kept, `a.png.jpg` is not `a.jpg.jpg`.
+    No two have the same place: the whole name of the picture is kept, `a.png.jpg` is not `a.jpg.jpg`. Maps and masks,
+    of another suffix, are named in the same way.
 
     Raises:
         UserError: beside several pictures; who asks for all of their folder again would get the drawings scored.
     """
     whole = {path: Path(os.path.abspath(path)) for path in images}  # some may be relative, or lead up
     top = os.path.commonpath([path.parent for path in whole.values()])
-    drawings = {path: folder / f"{whole[path].relative_to(top)}.jpg" for path in images}
+    drawings = {path: folder / f"{whole[path].relative_to(top)}{suffix}" for path in images}
     beside = {path.parent.resolve() for path in images} & {path.parent.resolve() for path in drawings.values()}
     if len(images) > 1 and beside:
         raise UserError(f"{beside.pop()}: holds the pictures; their drawings must go to another folder, or move them")
@@ -119,17 +121,36 @@ class PictureReader:
         self._white = white_level
         self._warned = False
 
-    def __call__(self, path: Path) -> np.ndarray:
-        """(H, W, 3) uint8 RGB.
+    def __call__(self, picture: str | Path | np.ndarray | Image.Image) -> np.ndarray:
+        """(H, W, 3) uint8 RGB of a file, of an array as `as_array` takes it, or of a picture of Pillow's.
 
         Raises:
-            UserError: as `decode`.
+            UserError: as `decode`; an array of another kind.
         """
-        array = decode(path)
+        name = picture if isinstance(picture, str | Path) else "a picture given as an array"
+        if isinstance(picture, Image.Image):
+            array = _as_array(ImageOps.exif_transpose(picture), name := "a picture of Pillow's")
+        else:
+            array = as_array(picture) if isinstance(picture, np.ndarray) else decode(Path(picture))
         if not self._warned and (odd := odd_white(array, self._white)):
             self._warned = True
-            warn(f"{path}: {odd}; later ones like it are not named")
+            warn(f"{name}: {odd}; later ones like it are not named")
         return to_rgb(array, self._white or FULL_WHITE)
+
+
+def as_array(picture: np.ndarray) -> np.ndarray:
+    """The same array, if it is what `decode` could have given: (H, W, 3) RGB or (H, W) grey, uint8 or uint16.
+
+    Raises:
+        UserError: it is not.
+    """
+    shape, kind = picture.shape, picture.dtype
+    if kind not in (np.uint8, np.uint16) or not picture.size or (len(shape) != 2 and shape[2:] != (3,)):
+        raise UserError(
+            f"a picture given as an array {list(shape)} of {kind}: must be (height, width, 3) in RGB, or "
+            "(height, width), of uint8 or uint16"
+        )
+    return picture
 
 
 def odd_white(array: np.ndarray, white_level: int | None) -> str | None:
@@ -154,12 +175,13 @@ def to_rgb(array: np.ndarray, white_level: int) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is.
+    """Decode a ground truth mask to (H, W) uint8, 255 where the defect is; one of 16 bit may hold values of 8.
 
     Raises:
         UserError: as `decode`.
     """
-    return read_rgb(path).max(axis=2)
+    array = decode(path)
+    return to_rgb(array, FULL_WHITE if array.max() > 255 else 255).max(axis=2)
 
 
 def decode(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:
@@ -184,11 +206,7 @@ def decode(path: Path, content: BinaryIO | None = None, max_pixels: float = math
             if not image.mode.startswith("I") and ";16" in str(image.tile[:1]):
                 return _decode_deep_colour(path, content, image)
             ImageOps.exif_transpose(image, in_place=True)  # as the camera was held
-            if not image.mode.startswith("I"):
-                if image.mode == "F":
-                    raise UserError(f"{path}: floating point pictures have no defined white; save it with 8 or 16 bit")
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # which would copy it
-            array = np.asarray(image)  # I;16 of 16-bit files, I of 32-bit files
+            return _as_array(image, path)
     except UserError:
         raise
     except Bomb as error:
@@ -197,8 +215,17 @@ def decode(path: Path, content: BinaryIO | None = None, max_pixels: float = math
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a picture, or damaged" if unknown else str(error) or type(error).__name__  # MemoryError says none
         raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
+
+
+def _as_array(image: Image.Image, name: str | Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, or (H, W) uint16, of an upright picture; errors name it."""
+    if image.mode == "F":
+        raise UserError(f"{name}: floating point pictures have no defined white; save it with 8 or 16 bit")
+    if not image.mode.startswith("I"):
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # which would copy it
+    array = np.asarray(image)  # I;16 of 16-bit files, I of 32-bit files
     if array.min() < 0 or array.max() > 65535:
-        raise UserError(f"{path}: has pixels beyond 16 bit; save it with 8 or 16 bit")
+        raise UserError(f"{name}: has pixels beyond 16 bit; save it with 8 or 16 bit")
     return array.astype(np.uint16, copy=False)
 
 
@@ -216,6 +243,14 @@ def _decode_deep_colour(path: Path, content: BinaryIO | None, image: Image.Image
         array = array.swapaxes(0, 1)
     array = array[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
     return np.ascontiguousarray(array[..., 2::-1])
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture file that can be decoded, turned as EXIF says; its pixels are not read."""
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -282,7 +317,11 @@ def heat_colours(scores: np.ndarray, pixel_threshold: float) -> np.ndarray:
 
 
 def draw_panels(
-    picture: np.ndarray, anomaly_map: np.ndarray, pixel_threshold: float, true_mask: np.ndarray | None = None
+    picture: np.ndarray,
+    anomaly_map: np.ndarray,
+    pixel_threshold: float,
+    true_mask: np.ndarray | None = None,
+    boxes: Sequence[Sequence[float]] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The panels of `draw_result`, which says what they are and takes the same: (h, w, 3) uint8 RGB each."""
     picture = drawn_size(picture)
@@ -301,6 +340,9 @@ def draw_panels(
         true = cv2.resize(np.uint8(true_mask), size, interpolation=cv2.INTER_NEAREST)
         _outline(outlined, true, (0, 0, 0), 3 * line)  # a rim, so that it shows on bright pictures too
         _outline(outlined, true, TRUE, line)
+    if len(boxes) <= MOST_BOXES:
+        for number, box in enumerate(boxes, start=1):
+            _number(outlined, str(number), np.array(box) * (*size, *size), line)
     return picture, heat, outlined
 
 
@@ -311,6 +353,7 @@ def draw_result(
     image_threshold: float,
     pixel_threshold: float,
     true_mask: np.ndarray | None = None,
+    boxes: Sequence[Sequence[float]] = (),
 ) -> np.ndarray:
     """A caption and three panels: the picture, the heat map over it, the area above the pixel threshold.
 
@@ -325,11 +368,13 @@ def draw_result(
         image_threshold: the picture is called an anomaly above it.
         pixel_threshold: a pixel is marked, and has a colour in the heat map (see `heat_colours`), above it.
         true_mask: (h, w) bool, where the defect is, if that is known; it is outlined beside what is marked.
+        boxes: x, y, width and height of regions, in shares of the picture's width and height. They are drawn around
+            what is marked, numbered from 1; not where they are more than `MOST_BOXES`, which nobody could read.
 
     Returns:
         (height, width, 3) uint8 RGB; the panels are as large as `drawn_size` makes the picture.
     """
-    panels = draw_panels(picture, anomaly_map, pixel_threshold, true_mask)
+    panels = draw_panels(picture, anomaly_map, pixel_threshold, true_mask, boxes)
     height, width = panels[0].shape[:2]
     stacked = width > 2 * height
     line = max(24, height // 20, width // 60 if stacked else width // 20)  # height of a line of text
@@ -359,6 +404,17 @@ def _outline(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]
     """Draw the outlines of a (H, W) uint8 mask into the picture, this many pixels wide."""
     outlines, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, outlines, -1, colour, width)
+
+
+def _number(picture: np.ndarray, number: str, box: np.ndarray, width: int) -> None:
+    """Draw a box, x, y, width and height in pixels, with its number above it, or within it at the picture's edge."""
+    left, top, right, bottom = (round(float(place)) for place in (*box[:2], *(box[:2] + box[2:])))
+    cv2.rectangle(picture, (left, top), (right - 1, bottom - 1), (255, 255, 255), width)
+    tag = _text(number, max(14, len(picture) // 24))
+    y = min(top - len(tag) if top >= len(tag) else top, len(picture) - len(tag))
+    x = min(left, picture.shape[1] - tag.shape[1])
+    if min(x, y) >= 0:  # else the panel is too small for it
+        picture[y : y + len(tag), x : x + tag.shape[1]] = tag
 
 
 def _text(text: str, height: int, width: int | None = None) -> np.ndarray:
@@ -412,3 +468,38 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         UserError: it cannot be written.
     """
     write_whole(path, lambda name: Image.fromarray(picture).save(name, quality=95))
+
+
+def write_map(path: Path, scores: np.ndarray) -> None:
+    """Write (H, W) float in [0, 1] by the file's suffix, whole.
+
+    .png: 16 bit, 0 to 65535 for 0 to 1; .tiff and .npy: float32.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    scores = scores.astype(np.float32, copy=False)
+    if path.suffix == ".npy":
+        write_whole(path, lambda name: np.save(name, scores))
+    elif path.suffix == ".tiff":
+        write_whole(path, lambda name: Image.fromarray(scores).save(name))
+    else:
+        content = png(scores, 65535)
+        write_whole(path, lambda name: Path(name).write_bytes(content))
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Write (H, W) bool as a grey 8-bit PNG of 0 and 255, whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = png(mask, 255)
+    write_whole(path, lambda name: Path(name).write_bytes(content))
+
+
+def png(scores: np.ndarray, white: int) -> bytes:
+    """(H, W) float in [0, 1], or bool -> grey PNG with 0 to `white` for 0 to 1, of 16 bit where that is above 255."""
+    values = np.clip(scores, 0, 1) * np.float32(white)
+    grey = np.rint(values, out=values).astype(np.uint8 if white <= 255 else np.uint16)
+    return cv2.imencode(".png", grey)[1].tobytes()

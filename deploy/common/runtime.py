@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -63,7 +64,8 @@ class _KeepSigterm:
         self._handler = signal.getsignal(signal.SIGTERM)
 
     def find_spec(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            signal.signal(signal.SIGTERM, self._handler)
 
     def __enter__(self) -> None:
         sys.meta_path.insert(0, self)

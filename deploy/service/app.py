@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 import prometheus_client
 from fastapi import FastAPI, HTTPException, Request
@@ -25,14 +24,17 @@ from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploy.common.cli import UserError
-from deploy.common.imaging import label
+from deploy.common.decisions import Result, Thresholds
+from deploy.common.imaging import png
 from deploy.common.runtime import available_cores
 from deploy.service.batching import Answer, Batcher, Full
-from deploy.service.decoding import Decoders
-from deploy.service.uploads import BODY, Limits, Uploads, busy, problem
+from deploy.service.decoding import Decoded, Decoders
+from deploy.service.uploads import BODY, Limits, Options, Uploads, busy, problem
 
+SCORE_BUCKETS = [*(n / 20 for n in range(1, 20)), 0.975, 0.99, 1]
+HEADERS = ("X-Score", "X-Label")  # of a map as bytes
 PAGE = Path(__file__).resolve().parent / "page"
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class ServedModel:
 
     description: Mapping[str, Any]  # of inference.yml
     batcher: Batcher  # of its `run`: anomaly map, smoothed map, image score
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What decides where a request says nothing else."""
+        return Thresholds.of(self.description)
 
 
 # ---- what goes in and out
@@ -56,6 +63,16 @@ class Milliseconds(BaseModel):
     total: float = Field(description="from the request's headers to its answer")
 
 
+class RegionInfo(BaseModel):
+    """A connected area of the map above the pixel threshold, in pixels of the upright picture."""
+
+    box: list[int] = Field(description="x and y of its left upper pixel, width, height")
+    area: int = Field(description="how many pixels it has")
+    centre: list[float] = Field(description="x and y, the mean of its pixels'")
+    highest: float = Field(description="highest score in it, from 0 to 1")
+    mean: float = Field(description="mean of its scores")
+
+
 class Prediction(BaseModel):
     """What the model says of a picture."""
 
@@ -65,9 +82,15 @@ class Prediction(BaseModel):
     image_threshold: float
     pixel_threshold: float
     anomalous_share: float = Field(description="share of the map's pixels above pixel_threshold, from 0 to 1")
+    size: list[int] = Field(description="height and width of the picture, upright")
+    orientation: int = Field(
+        description="how the pixels lie in the file, 1 to 8 as EXIF counts it; 1: upright. The picture was turned by it"
+    )
+    min_area: int = Field(description="regions of fewer pixels are left out")
+    regions: list[RegionInfo] = Field(description="the one with the highest score first")
     map: str | None = Field(
-        description="the smoothed anomaly map as a grey 8-bit PNG in base64, 0 to 255 for 0 to 1, of the model's "
-        "input size: stretch it over the picture; null if it was not asked for"
+        description="the smoothed anomaly map as a grey 8-bit PNG in base64, 0 to 255 for 0 to 1, of the size that "
+        "map_size asks for: stretch it over the upright picture; null if it was not asked for"
     )
     batch_size: int = Field(description="how many pictures went through the model together")
     time_ms: Milliseconds
@@ -81,8 +104,9 @@ class ModelInfo(BaseModel):
     input_size: list[int] = Field(description="height and width that pictures are resized to")
     image_score: str = Field(description="what of the anomaly map the score is: max: the largest value; top: a mean")
     top_share: float | None = Field(description="of top: of how many values, as a share of the input's area")
-    image_threshold: float
-    pixel_threshold: float
+    image_threshold: float = Field(description="a picture is an anomaly above it")
+    pixel_threshold: float = Field(description="a pixel is anomalous above it")
+    min_area: int = Field(description="regions of fewer pixels of the picture are left out")
 
 
 class ModelList(BaseModel):
@@ -110,10 +134,18 @@ PROBLEMS = {
 # ---- between uploads and the model
 
 
-def encode_map(anomaly_map: np.ndarray) -> str:
-    """(H, W) float in [0, 1] -> grey 8-bit PNG in base64."""
-    grey = np.uint8(np.round(np.clip(anomaly_map, 0, 1) * 255))
-    return base64.b64encode(cv2.imencode(".png", grey)[1]).decode()
+def decide(
+    answer: Answer, size: tuple[int, int], thresholds: Thresholds, options: Options, map_wanted: bool
+) -> tuple[Result, list[RegionInfo], bytes | None]:
+    """What is decided of a picture of this size, its regions, and its map as a grey 8-bit PNG, if it is wanted.
+
+    Of a large picture this takes memory and time: it is to be done for few at once, beside the event loop.
+    """
+    _, smoothed, image_score = answer.outputs  # (1, H, W), (1, H, W), ()
+    result = Result(float(image_score), smoothed[0], size, thresholds)
+    regions = [RegionInfo(**region.to_dict()) for region in result.regions]
+    anomaly_map = result.map if map_wanted and options.map_size == "original" else smoothed[0]
+    return result, regions, png(anomaly_map, 255) if map_wanted else None
 
 
 def check_origin(request: Request, allowed: Collection[str]) -> None:
@@ -133,7 +165,7 @@ def check_origin(request: Request, allowed: Collection[str]) -> None:
         raise problem(403, f"pages of {origin} may not post pictures here; --allow_origins lets them")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Outcome]) -> Outcome:
     """The result of the work, which is cancelled when the client hangs up; the request's body must have been read.
 
     Raises:
@@ -172,6 +204,17 @@ class Metrics:
         taken = prometheus_client.Gauge("fastflow_pictures_in_progress", "Places taken in the queue", **common)
         for name, model in models.items():
             taken.labels(name).set_function(lambda batcher=model.batcher: batcher.taken)
+        self._scores = prometheus_client.Histogram(
+            "fastflow_score", "Scores of pictures", buckets=SCORE_BUCKETS, **common
+        )
+        self._anomalies = prometheus_client.Counter("fastflow_anomalies", "Pictures called an anomaly", **common)
+        for name in models:
+            self._scores.labels(name), self._anomalies.labels(name)  # 0 is a number too
+
+    def count(self, model: str, result: Result) -> None:
+        """Count what a picture's score comes to."""
+        self._scores.labels(model).observe(result.score)
+        self._anomalies.labels(model).inc(result.label == "Anomaly")
 
     @contextlib.contextmanager
     def watch(self, model: str) -> Iterator[None]:
@@ -200,6 +243,7 @@ class Service:
         self._metrics = Metrics(models)
         self._uploads = Uploads(limits)
         self._decoders = Decoders(max(2, available_cores()), limits)  # few: a large picture takes much memory
+        self._deciding = asyncio.Semaphore(1)  # so do its regions, and its map
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -231,8 +275,11 @@ class Service:
         served = self._models.items()
         return ModelList(models=[ModelInfo(**{**model.description, "name": name}) for name, model in served])
 
-    async def predict(self, name: str, request: Request) -> Prediction:
-        """A picture in, as a form or as JSON; its score out."""
+    async def predict(self, name: str, request: Request) -> Prediction | Response:
+        """A picture in, as a form or as JSON; its score and regions out.
+
+        With `Accept: image/png` its map comes out, as a grey 8-bit PNG, and the score and label as headers.
+        """
         # Prometheus keeps every label for ever, so names that clients make up share one.
         with self._metrics.watch(name if name in self._models else "unknown"):
             check_origin(request, self._origins)
@@ -245,17 +292,22 @@ class Service:
             except UserError as error:
                 raise problem(422, str(error)) from error
 
-    async def _score(self, name: str, request: Request) -> Prediction:
-        description = self._models[name].description
+    async def _score(self, name: str, request: Request) -> Prediction | Response:
+        model = self._models[name]
         begun = time.perf_counter()
         async with self._uploads.read(request) as (content, options):
             received = time.perf_counter()
-            decoded, answer = await while_connected(request, self._run(name, content))
+            picture, decoded, answer = await while_connected(request, self._run(name, content))
         self._metrics.batch_size.labels(name).observe(answer.batch_size)
-        _, smoothed, image_score = answer.outputs  # (1, H, W), (1, H, W), ()
-        image_threshold = description["image_threshold"] if options.image_threshold is None else options.image_threshold
-        pixel_threshold = description["pixel_threshold"] if options.pixel_threshold is None else options.pixel_threshold
-        anomaly_map = await asyncio.to_thread(encode_map, smoothed[0]) if options.map else None
+        as_png = "image/png" in request.headers.get("accept", "")
+        thresholds = model.thresholds.or_given(options.image_threshold, options.pixel_threshold, options.min_area)
+        async with self._deciding:
+            work = (answer, picture.size, thresholds, options, as_png or options.map)
+            result, regions, png_map = await asyncio.to_thread(decide, *work)
+        self._metrics.count(name, result)
+        if as_png:
+            told = dict(zip(HEADERS, (f"{result.score:.6f}", result.label), strict=True))
+            return Response(png_map, media_type="image/png", headers=told)
         seconds = {
             "upload": received - begun,
             "preprocess": decoded - received,
@@ -265,22 +317,26 @@ class Service:
         }
         return Prediction(
             model=name,
-            score=float(image_score),
-            label=label(float(image_score), image_threshold),
-            image_threshold=image_threshold,
-            pixel_threshold=pixel_threshold,
-            anomalous_share=float(np.mean(smoothed > pixel_threshold)),
-            map=anomaly_map,
+            score=result.score,
+            label=result.label,
+            image_threshold=thresholds.image,
+            pixel_threshold=thresholds.pixel,
+            anomalous_share=float(np.mean(answer.outputs[1] > thresholds.pixel)),
+            size=list(picture.size),
+            orientation=picture.orientation,
+            min_area=thresholds.min_area,
+            regions=regions,
+            map=None if png_map is None else base64.b64encode(png_map).decode(),
             batch_size=answer.batch_size,
             time_ms=Milliseconds(**{what: 1000 * value for what, value in seconds.items()}),
         )
 
-    async def _run(self, name: str, content: bytes) -> tuple[float, Answer]:
-        """When the picture was decoded, and what the model says of it."""
+    async def _run(self, name: str, content: bytes) -> tuple[Decoded, float, Answer]:
+        """The picture, when it was decoded, and what the model says of it."""
         model = self._models[name]
         with model.batcher.place() as hand_in:
-            item = await self._decoders.decode(content, model.description)
-            return time.perf_counter(), await asyncio.wrap_future(hand_in(item))
+            picture = await self._decoders.decode(content, model.description)
+            return picture, time.perf_counter(), await asyncio.wrap_future(hand_in(picture.item))
 
 
 def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Collection[str] = ()) -> FastAPI:
@@ -296,7 +352,7 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Colle
     app.add_middleware(FewAtOnce, path="/static-offline-docs", count=16, seconds=limits.upload_seconds)
     if origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["POST"], expose_headers=["Retry-After"]
+            CORSMiddleware, allow_origins=origins, allow_methods=["POST"], expose_headers=["Retry-After", *HEADERS]
         )
     app.add_exception_handler(Exception, server_error)
     app.get("/health/live", summary="Whether the process answers")(service.live)
@@ -307,7 +363,11 @@ def create_app(models: Mapping[str, ServedModel], limits: Limits, origins: Colle
     app.post(
         "/v1/models/{name}:predict",
         summary="Score a picture",
-        responses={status: {"model": Problem, "description": text} for status, text in PROBLEMS.items()},
+        response_model=Prediction,
+        responses={
+            200: {"content": {"image/png": {}}, "description": "in JSON, or with Accept: image/png the map alone"},
+            **{status: {"model": Problem, "description": text} for status, text in PROBLEMS.items()},
+        },
         openapi_extra={"requestBody": BODY},
     )(service.predict)
     app.get("/", include_in_schema=False)(page)

@@ -1,9 +1,9 @@
 """A process that decodes pictures, one after the other, for `deploy.service.decoding`, which starts it and may kill it.
 
 A request on stdin is a line of JSON, {"bytes": ..., "input_size": [height, width], "mean": [...], "std": [...],
-"white_level": ... or null}, and so many bytes of a picture file. The answer on stdout is a line of JSON, {} or {"odd":
-what is wrong with its white}, and the float32 of (3, height, width); or {"error": "one line"} alone. The end of stdin
-ends the process.
+"white_level": ... or null}, and so many bytes of a picture file. The answer on stdout is a line of JSON, {"error": "one
+line"}, or that of a picture, {"size": [height, width], "orientation": ..., "odd": what is wrong with its white, or
+null}, and the float32 of (3, height, width). The end of stdin ends the process.
 """
 
 import faulthandler
@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # run as a script: the folder above deploy/
 
+from PIL import ExifTags, Image
+
 from deploy.common.cli import UserError
-from deploy.common.imaging import FULL_WHITE, decode, odd_white, preprocess, to_rgb
+from deploy.common.imaging import FORMATS, FULL_WHITE, decode, odd_white, preprocess, to_rgb
 
 
 def main() -> None:
@@ -42,18 +44,26 @@ def main() -> None:
         answers.flush()
 
 
-def answer_to(content: BinaryIO, max_pixels: int, request: dict[str, Any]) -> tuple[dict[str, str], bytes | memoryview]:
+def answer_to(content: BinaryIO, max_pixels: int, request: dict[str, Any]) -> tuple[dict[str, Any], bytes | memoryview]:
     """The line and the bytes of the answer."""
     try:
         array = decode(Path("image"), content, max_pixels)
     except UserError as error:
         return {"error": str(error)}, b""
-    white_level = request["white_level"]
-    picture = to_rgb(array, white_level or FULL_WHITE)
-    odd = odd_white(array, white_level)
-    return {"odd": odd} if odd else {}, preprocess(
-        picture, *request["input_size"], request["mean"], request["std"]
-    ).data
+    told = {
+        "size": array.shape[:2],
+        "orientation": orientation(content),
+        "odd": odd_white(array, request["white_level"]),
+    }
+    picture = to_rgb(array, request["white_level"] or FULL_WHITE)
+    return told, preprocess(picture, *request["input_size"], request["mean"], request["std"]).data
+
+
+def orientation(content: BinaryIO) -> int:
+    """How the pixels lie in the file, as EXIF counts it from 1 to 8; `decode` has turned them by that."""
+    with Image.open(content, formats=FORMATS) as image:
+        said = image.getexif().get(ExifTags.Base.Orientation)
+    return int(said) if said in range(1, 9) else 1
 
 
 def silence() -> None:

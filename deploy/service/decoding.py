@@ -12,6 +12,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from deploy.common.cli import UserError, warn
 from deploy.service.uploads import Limits
 
 GRACE = 0.2  # seconds that a decoder gets whose client is gone: a new one costs 0.1 s of CPU time
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture."""
+
+    item: np.ndarray  # (3, H, W) float32, what the model takes
+    size: tuple[int, int]  # height and width in pixels, upright
+    orientation: int  # of the file's pixels, 1 to 8 as EXIF counts it
+    odd: str | None  # what is wrong with its white, see `odd_white`
 
 
 class Decoders:
@@ -48,8 +59,8 @@ class Decoders:
             decoder.stdin.close()
             await decoder.wait()
 
-    async def decode(self, content: bytes, description: Mapping[str, Any]) -> np.ndarray:
-        """A picture file -> (3, H, W) float32, what the model of this description takes.
+    async def decode(self, content: bytes, description: Mapping[str, Any]) -> Decoded:
+        """A picture file -> the picture, for the model of this description.
 
         Whoever cancels it has the process killed soon, be it in C code: nobody waits for a picture that nobody wants.
 
@@ -76,13 +87,12 @@ class Decoders:
                     work.cancel()
                     with contextlib.suppress(ProcessLookupError):
                         decoder.kill()
-        said, array = answer
-        if "error" in said:
-            raise UserError(said["error"])
-        if "odd" in said and description["white_level"] not in self._warned:
+        if isinstance(answer, str):
+            raise UserError(answer)
+        if answer.odd and description["white_level"] not in self._warned:
             self._warned.add(description["white_level"])
-            warn(f"a picture sent to {description['category']} {said['odd']}; later ones like it are not named")
-        return array
+            warn(f"a picture sent to {description['category']} {answer.odd}; later ones like it are not named")
+        return answer
 
     async def _free(self) -> Process:
         while self._idle:
@@ -98,8 +108,8 @@ def command(limits: Limits) -> list[str]:
     return [sys.executable, str(script), *map(str, (limits.pixels, limits.decode_seconds, limits.decoder_bytes))]
 
 
-async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> tuple[dict[str, str], np.ndarray]:
-    """What the process says of a picture file and makes of it, (3, H, W) float32, empty with an error.
+async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) -> Decoded | str:
+    """What the process makes of a picture file: the picture, or what is wrong with the file.
 
     Raises:
         EOFError, OSError: it has ended.
@@ -110,9 +120,10 @@ async def ask(decoder: Process, content: bytes, description: Mapping[str, Any]) 
     line = await decoder.stdout.readline()
     if not line:
         raise EOFError
-    said = json.loads(line)
-    if "error" in said:
-        return said, np.empty(0)
+    answer = json.loads(line)
+    if "error" in answer:
+        return answer["error"]
     height, width = description["input_size"]
     data = await decoder.stdout.readexactly(3 * height * width * 4)
-    return said, np.frombuffer(data, np.float32).reshape(3, height, width)
+    item = np.frombuffer(data, np.float32).reshape(3, height, width)
+    return Decoded(item, tuple(answer["size"]), answer["orientation"], answer["odd"])

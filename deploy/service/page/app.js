@@ -1,13 +1,15 @@
 "use strict";
 
+// The page as a whole: its language, models and thresholds, and what is sent to the server.
+
 const AT_ONCE = 4; // uploads; enough to fill a batch, few enough for the order to be that of the files
 const ATTEMPTS = 10; // when the server is busy
 
 const element = (id) => document.getElementById(id);
-const thresholds = new Map(); // by model; the user's once the slider was moved
-const results = []; // of this session: what was asked, what came back, and the card and row that show it
-const waiting = []; // those of them that were not sent yet
+const models = new Map(); // by name: what the server says of it, and `threshold`, the user's once the slider was moved
+const waiting = []; // results that were not sent yet
 let sending = 0;
+let notice = () => ""; // what is said below the settings, in the page's language
 let language = chosenLanguage();
 let text = TEXTS[language];
 
@@ -34,8 +36,14 @@ function translate() {
   for (const node of document.querySelectorAll("[data-label]")) node.ariaLabel = text[node.dataset.label];
   element("language").textContent = text.language;
   element("language").lang = language === "zh" ? "en" : "zh-CN";
+  say(notice);
   results.forEach(show);
-  showProgress();
+  arrange();
+}
+
+function say(what) {
+  notice = what;
+  element("notice").textContent = what();
 }
 
 // ---- models and thresholds
@@ -44,26 +52,29 @@ async function loadModels() {
   try {
     const answer = await fetch("v1/models");
     for (const model of (await answer.json()).models) {
-      thresholds.set(model.name, model.image_threshold);
-      element("model").append(new Option(model.name));
+      if (!models.has(model.name)) element("model").append(new Option(model.name));
+      models.set(model.name, { ...model, threshold: model.image_threshold });
     }
-    showThreshold();
+    showModel();
   } catch {
-    element("status").textContent = text.errors[0];
+    say(() => text.errors[0]);
   }
 }
 
-function showThreshold() {
-  const threshold = thresholds.get(element("model").value);
-  element("threshold").value = threshold;
-  element("threshold-value").textContent = threshold.toFixed(3);
+function showModel() {
+  const model = models.get(element("model").value);
+  element("threshold").value = model.threshold;
+  element("threshold-value").textContent = model.threshold.toFixed(3);
+  element("reset").disabled = model.threshold === model.image_threshold;
+  element("pixel-threshold").textContent = model.pixel_threshold.toFixed(3);
 }
 
-function setThreshold() {
-  thresholds.set(element("model").value, element("threshold").valueAsNumber);
-  showThreshold();
+function setThreshold(choose) {
+  const model = models.get(element("model").value);
+  model.threshold = choose(model);
+  showModel();
   results.forEach(show); // the labels follow without asking the server
-  showProgress();
+  arrange();
 }
 
 function setOpacity() {
@@ -72,30 +83,24 @@ function setOpacity() {
   document.documentElement.style.setProperty("--heat", percent / 100);
 }
 
+function setBoxes() {
+  document.documentElement.classList.toggle("boxes", element("boxes").checked);
+}
+
 // ---- pictures
 
-async function add(list) {
-  const files = [...list]; // the list of an input empties when the input does
+async function add(found, remark = () => "") {
+  say(remark);
   await loaded;
-  for (const file of files) {
-    const card = element("card").content.firstElementChild.cloneNode(true);
-    const row = document.createElement("tr");
-    for (let i = 0; i < 7; i++) row.insertCell();
-    const result = { file, card, row, model: element("model").value, clock: new Date() };
-    const image = card.querySelector("img");
-    image.onerror = () => {
-      result.noPreview = true;
-      show(result);
-    };
-    image.src = URL.createObjectURL(file);
+  if (models.size === 0) await loadModels(); // the server may be there by now
+  if (models.size === 0) return;
+  for (const source of found) {
+    const result = newResult(source, element("model").value);
     results.push(result);
     waiting.push(result);
-    element("cards").prepend(card);
-    element("rows").prepend(row);
     show(result);
   }
-  element("session").hidden = results.length === 0;
-  showProgress();
+  arrange();
   while (sending < AT_ONCE && waiting.length > 0) send();
 }
 
@@ -104,195 +109,67 @@ async function send() {
   while (waiting.length > 0) {
     const result = waiting.shift();
     Object.assign(result, await predict(result.file, result.model));
-    if (result.map) {
-      // Its score counts all the same, and the next pictures are sent.
-      await drawHeat(result.card.querySelector("canvas"), result.map).catch(() => (result.noHeat = true));
-    }
+    if (result.png) await prepareMap(result);
     show(result);
-    showProgress();
+    arrange();
+    if (result === large && element("large").open) enlarge(result);
   }
   sending -= 1;
 }
 
-// What the server says of a file: { score, map, milliseconds }, or { status, detail }.
+// What the server says of a file: its score and map, or { status, detail }.
 async function predict(file, model) {
   const form = new FormData();
   form.append("map", "true");
-  form.append("image", file);
+  form.append("image", file, "image"); // names of files in folders would be paths, which the server does not take
   for (let attempt = 1; ; attempt++) {
     try {
       const answer = await fetch(`v1/models/${encodeURIComponent(model)}:predict`, { method: "POST", body: form });
-      const said = await answer.json();
-      if (answer.ok) return { score: said.score, map: said.map, milliseconds: said.time_ms.total };
+      const said = await answer.json().catch(() => ({})); // what stands between the two may answer in another form
+      if (answer.ok && said.size) {
+        const { score, orientation, map: png, size, regions } = said;
+        return { score, orientation, png, size, regions, ratio: size[1] / size[0], milliseconds: said.time_ms.total };
+      }
       if (answer.status !== 503 || attempt === ATTEMPTS) return { status: answer.status, detail: said.detail };
       const seconds = Number(answer.headers.get("Retry-After")) || 1;
       await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
-    } catch (error) {
-      return { status: 0, detail: error.message };
+    } catch {
+      return { status: 0 }; // the browser does not tell pages more
     }
   }
 }
 
-// A grey PNG in base64 -> its values in colours, blue for 0 to red for 1, as in the pictures of infer.py.
-async function drawHeat(canvas, png) {
-  const image = new Image();
-  image.src = `data:image/png;base64,${png}`;
-  await image.decode();
-  [canvas.width, canvas.height] = [image.width, image.height];
-  const context = canvas.getContext("2d");
-  context.drawImage(image, 0, 0);
-  const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
-  for (let i = 0; i < pixels.data.length; i += 4) {
-    const value = pixels.data[i] / 255;
-    [3, 2, 1].forEach((peak, channel) => {
-      pixels.data[i + channel] = 255 * Math.min(Math.max(1.5 - Math.abs(4 * value - peak), 0), 1);
-    });
-  }
-  context.putImageData(pixels, 0, 0);
-}
-
-// ---- what is shown
-
-function isScored(result) {
-  return result.score !== undefined;
-}
-
-function isFailed(result) {
-  return result.status !== undefined;
-}
-
-function label(result) {
-  return result.score > thresholds.get(result.model) ? "Anomaly" : "Normal";
-}
-
-function errorText(result) {
-  return `${text.errors[result.status] ?? text.errors.other} (${result.detail})`;
-}
-
-// Every file name goes in as text, never as HTML.
-function show(result) {
-  const { card, row } = result;
-  const threshold = thresholds.get(result.model);
-  const state = isScored(result) ? label(result) : isFailed(result) ? "failed" : "waiting";
-  card.dataset.state = row.dataset.state = state;
-  card.querySelector("h3").textContent = result.file.name;
-  card.querySelector("strong").textContent = text[state];
-  card.querySelector(".error").textContent = isFailed(result) ? errorText(result) : "";
-  const cells = [result.file.name, result.model, "", "", text[state], "", result.clock.toLocaleTimeString(language)];
-  if (isScored(result)) {
-    const score = result.score.toFixed(3);
-    const milliseconds = result.milliseconds.toFixed(0);
-    cells.splice(2, 4, score, threshold.toFixed(3), text[state], milliseconds);
-    card.querySelector(".score").textContent = score;
-    card.querySelector(".time").textContent = `${milliseconds} ms`;
-    card.querySelector(".bar").ariaLabel = text.bar(score, threshold.toFixed(3));
-    card.querySelector(".bar i").style.width = `${100 * result.score}%`;
-    card.querySelector(".bar b").style.left = `${100 * threshold}%`;
-    if (result.noHeat) card.querySelector(".error").textContent = text.noHeat;
-    if (result.noPreview) {
-      card.classList.add("no-preview");
-      card.querySelector(".error").textContent = text.noPreview;
-    }
-  }
-  cells.forEach((cell, i) => {
-    row.cells[i].textContent = cell;
-  });
-}
-
-function showProgress() {
-  const scored = results.filter(isScored);
-  const errors = results.filter(isFailed).length;
-  const anomalies = scored.filter((result) => label(result) === "Anomaly").length;
-  const all = results.length;
-  element("status").textContent = all ? text.progress(scored.length + errors, all, anomalies, errors) : "";
-}
-
-// ---- the session
-
-function csv() {
-  const columns = ["file", "model", "score", "threshold", "label", "milliseconds", "clock", "error"];
-  const lines = results.map((result) =>
-    isScored(result)
-      ? [result.score, thresholds.get(result.model), text[label(result)], result.milliseconds.toFixed(1)]
-      : ["", "", "", ""],
-  );
-  const table = results.map((result, i) => [
-    result.file.name,
-    result.model,
-    ...lines[i],
-    result.clock.toISOString(),
-    isFailed(result) ? errorText(result) : "",
-  ]);
-  return [columns.map((column) => text[column]), ...table].map((cells) => cells.map(quoted).join(",")).join("\r\n");
-}
-
-// A cell that begins like a formula gets an apostrophe: a spreadsheet would run what a file's name says.
-function quoted(cell) {
-  const safe = typeof cell === "string" && /^[=+\-@\t\r]/.test(cell) ? `'${cell}` : String(cell);
-  return `"${safe.replaceAll('"', '""')}"`;
-}
-
-function download() {
-  const link = document.createElement("a");
-  // The mark at the start tells spreadsheets that this is UTF-8.
-  link.href = URL.createObjectURL(new Blob(["\ufeff", csv(), "\r\n"], { type: "text/csv" }));
-  link.download = `fastflow-${new Date().toISOString().slice(0, 19).replaceAll(":", "")}.csv`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
-function clear() {
-  for (const result of results) {
-    URL.revokeObjectURL(result.card.querySelector("img").src);
-    result.card.remove();
-    result.row.remove();
-  }
-  results.length = waiting.length = 0;
-  element("session").hidden = true;
-  showProgress();
-  element("pick").focus(); // the button that had the focus is gone
-}
-
-// ---- the camera
-
-async function openCamera() {
-  if (!navigator.mediaDevices) return element("photo").click(); // only a secure page is given the camera itself
+// A picture whose map cannot be drawn has its score all the same, and the next ones are sent.
+async function prepareMap(result) {
+  const threshold = models.get(result.model).pixel_threshold;
   try {
-    const video = { facingMode: "environment", width: { ideal: 1920 }, height: { ideal: 1080 } };
-    element("video").srcObject = await navigator.mediaDevices.getUserMedia({ video });
-    element("capture").disabled = true; // until there is a picture to take
-    element("camera").showModal();
-  } catch (error) {
-    element("status").textContent = `${text.noCamera} (${error.message})`;
+    result.map = await readMap(result.png);
+    result.noPixel = !result.map.values.some((value) => value / 255 > threshold);
+    drawMap(result.card.querySelector(".picture"), result.map, threshold, 320);
+  } catch {
+    result.noHeat = true;
+    result.map = null;
   }
+  delete result.png;
 }
 
-function capture() {
-  const video = element("video");
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
-  canvas.getContext("2d").drawImage(video, 0, 0);
-  const name = `camera-${new Date().toISOString().slice(11, 23).replaceAll(/[:.]/g, "")}.jpg`;
-  canvas.toBlob((blob) => add([new File([blob], name, { type: blob.type })]), "image/jpeg", 0.95);
-}
+// ---- wiring: settings
 
-function closeCamera() {
-  for (const track of element("video").srcObject.getTracks()) track.stop();
-  element("video").srcObject = null;
-}
+element("model").addEventListener("change", showModel);
+element("threshold").addEventListener("input", () => setThreshold(() => element("threshold").valueAsNumber));
+element("reset").addEventListener("click", () => setThreshold((model) => model.image_threshold));
+element("opacity").addEventListener("input", setOpacity);
+element("boxes").addEventListener("change", setBoxes);
+element("language").addEventListener("click", () => {
+  language = language === "zh" ? "en" : "zh";
+  remembered((storage) => storage.setItem("language", language));
+  translate();
+});
 
-// ---- wiring
-
-function pickFrom(input) {
-  input.addEventListener("change", () => {
-    add(input.files);
-    input.value = ""; // so that the same file can be picked again
-  });
-}
-
-pickFrom(element("files"));
-pickFrom(element("photo"));
+// ---- wiring: where pictures come from
+for (const id of ["files", "folder", "photo"]) element(id).addEventListener("change", () => addPicked(element(id)));
 element("pick").addEventListener("click", () => element("files").click());
+element("pick-folder").addEventListener("click", () => element("folder").click());
 element("shoot").addEventListener("click", openCamera);
 element("video").addEventListener("playing", () => {
   element("capture").disabled = false;
@@ -300,16 +177,6 @@ element("video").addEventListener("playing", () => {
 element("capture").addEventListener("click", capture);
 element("camera-close").addEventListener("click", () => element("camera").close());
 element("camera").addEventListener("close", closeCamera); // Escape ends here too
-element("model").addEventListener("change", showThreshold);
-element("threshold").addEventListener("input", setThreshold);
-element("opacity").addEventListener("input", setOpacity);
-element("csv").addEventListener("click", download);
-element("clear").addEventListener("click", clear);
-element("language").addEventListener("click", () => {
-  language = language === "zh" ? "en" : "zh";
-  remembered((storage) => storage.setItem("language", language));
-  translate();
-});
 
 // Pictures may be dropped anywhere; the frame shows where they are expected.
 document.addEventListener("dragover", (event) => {
@@ -322,9 +189,36 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   element("drop").classList.remove("over");
-  add(event.dataTransfer.files);
+  addDropped(event.dataTransfer);
 });
 
+// ---- wiring: results
+for (const id of ["sort", "filter"]) element(id).addEventListener("change", arrange);
+element("csv").addEventListener("click", download);
+element("clear").addEventListener("click", clear);
+element("previous").addEventListener("click", () => go(-1));
+element("next").addEventListener("click", () => go(1));
+element("large-close").addEventListener("click", () => element("large").close());
+document.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (step && element("large").open) go(step);
+});
+element("large").querySelector("img").addEventListener("error", () => {
+  if (large.noPreview) return;
+  large.noPreview = true; // its card was not looked at yet
+  show(large);
+  enlarge(large);
+});
+element("large").addEventListener("click", (event) => {
+  if (event.target === element("large")) element("large").close(); // beside it
+});
+element("large").addEventListener("close", () => {
+  element("large").querySelector("img").removeAttribute("src");
+  large.card.querySelector(".enlarge").focus(); // of the picture that was looked at last
+});
+
+for (const bar of document.querySelectorAll(".colours")) drawLegend(bar);
 setOpacity();
+setBoxes(); // as the browser remembers it
 translate();
 const loaded = loadModels();
