@@ -630,7 +630,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
 
 
 def test_what_can_be_found_is_said_at_the_end_of_a_training_and_on_demand(workplace):
-    done = workplace.train("seen", "-cfg", "configs/resnet18_few.yaml", "--epochs", 1)
+    done = workplace.train("seen", *AUTO, "--epochs", 1)
     folder = workplace.folder / "results/seen/bottle"
     content = json.loads((folder / "sensitivity.json").read_text())
     assert f"bottle  {content['line']}" in done.stdout.splitlines()
