@@ -28,6 +28,7 @@ from utils.thresholds import FALSE_ALARM_RATE, calibrate_quantile
 
 if TYPE_CHECKING:
     from datasets.mvtec import GroundTruth
+    from utils.features import CacheBudget
     from utils.training import Training  # imports paddle, which scripts must set up before
 
 
@@ -157,7 +158,7 @@ def main() -> None:
             draw_curves(folder / "curves.png", training.history, category.name)
         say(f"checkpoints, history.csv and curves.png are in {folder}")
         if distributed.is_first() and held_out:
-            foretell(config, folder / "best.pdparams", held_out, read, say)
+            foretell(config, folder / "best.pdparams", held_out, budget, read, say)
         conclude(training.history, category.name, args.exp_dir, time.monotonic() - begun, logger.info)
 
 
@@ -259,7 +260,12 @@ def command_again(resume: bool) -> str:
 
 
 def foretell(
-    config: Config, path: Path, held_out: Sequence[Path], read: Callable[[Path], np.ndarray], say: Callable[[str], None]
+    config: Config,
+    path: Path,
+    held_out: Sequence[Path],
+    budget: "CacheBudget",
+    read: Callable[[Path], np.ndarray],
+    say: Callable[[str], None],
 ) -> None:
     """Say which drawn defects are found on the held-out pictures, at the threshold that they promise by `quantile`.
 
@@ -267,16 +273,16 @@ def foretell(
         config: of the training.
         path: its best checkpoint, beside which sensitivity.json and sensitivity.png are written.
         held_out: good pictures that it did not see.
+        budget: for their features.
         read: gives a picture, (h, w, 3) uint8 RGB.
         say: takes a line of the log.
     """
     from utils.checkpoint import load_model
     from utils.evaluation import score_images
-    from utils.features import CacheBudget, FeatureCache
+    from utils.features import FeatureCache
 
     try:
         model, _ = load_model(config, path)
-        budget = CacheBudget(memory=0, disk=0)
         features = FeatureCache(model.feature_extractor, held_out, config.size, budget, "held-out pictures", read)
         scores = score_images(model, features)
         calibration = calibrate_quantile(held_out[0].parent, scores, FALSE_ALARM_RATE)

@@ -35,7 +35,7 @@ from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.common.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
-SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
+SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands", "model")
 RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
     "own framework fp32": ("paddle", "fp32", False),
     "ONNX Runtime fp32": ("onnxruntime", "fp32", False),
@@ -57,7 +57,9 @@ def parse_args() -> argparse.Namespace:
         default=Path(sys.prefix) / "anomalib/bin/python",
         help="a Python that has anomalib, if this one has not (%(default)s)",
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts to measure (all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, help="parts to measure (all; with --quick all but model)"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results (%(default)s)")
     return parser.parse_args()
 
@@ -66,12 +68,13 @@ def main() -> None:
     args = parse_args()
     make_folder(args.output)
     plan = QUICK if args.quick else FULL
+    sections = args.only or SECTIONS[: -1 if args.quick else None]
     threads = args.threads or runtime.available_cores()
     contenders = make_contenders(args.threads, threads)
     python, no_anomalib = find_anomalib(args.anomalib_python)
     if python:
         contenders |= anomalib_contenders(python, threads)
-    runtimes, no_precision = find_runtimes() if "inference" in args.only else ({}, None)
+    runtimes, no_precision = find_runtimes() if "inference" in sections else ({}, None)
     left_out = [reason for reason in (no_anomalib, no_precision) if reason]
     for reason in left_out:
         note(reason)
@@ -98,7 +101,7 @@ def main() -> None:
 
         figures: list[Figure] = []
         exported = functools.partial(inference_contenders, runtimes=runtimes, threads=threads, python=python)
-        for figure in measured(args.only, contenders, plan, data, folder, threads, exported, results):
+        for figure in measured(sections, contenders, plan, data, folder, threads, exported, python, results):
             figures.append(figure)
             medians = ", ".join(f"{name} {number(figure.median(name), figure.unit)}" for name in figure.samples)
             note(f"{figure.group}: {figure.title}: {medians}")
@@ -123,11 +126,12 @@ def measured(
     folder: Path,
     threads: int,
     exported_contenders: Callable[[Path], dict[tuple[str, str], Contender]],
+    anomalib: str | None,
     results: dict[str, Any],
 ) -> Iterator[Figure]:
     """All figures of the sections; what the contenders say of themselves goes into `results`.
 
-    `exported_contenders` makes those of the exported model in a folder.
+    `exported_contenders` makes those of the exported model in a folder; `anomalib` is a Python that has it.
     """
     with started(contenders) as workers:
         results["contenders"] = {
@@ -152,6 +156,8 @@ def measured(
         yield from measure.threads(contenders, plan, threads)
     if "commands" in sections:
         yield from measure.commands(plan, data, "bottle", folder, bool(os.environ.get(WEIGHTS)))
+    if "model" in sections:
+        yield from measure.time_to_model(data, "bottle", folder, anomalib)
 
 
 def make_contenders(asked: int | None, threads: int) -> dict[str, Contender]:

@@ -1,5 +1,7 @@
 """What is measured, in which order. The contenders take turns, so that a drift of the machine hits all alike."""
 
+import os
+import shutil
 import statistics
 import sys
 import time
@@ -9,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.inputs import ROOT, TEST, TRAIN
-from benchmarks.processes import Contender, Worker, run_command
+from benchmarks.inputs import ROOT, TEST, TRAIN, spread, write_bottle
+from benchmarks.processes import QUIET, Contender, Worker, run_command
 from benchmarks.report import ANOMALIB, ANOMALIB_NARROW, OURS, PUBLISHED, TUNED, Figure
 from deploy.common.cli import UserError
+from deploy.common.files import make_folder
+from utils.config import load_config
 
+MODEL_PICTURES = 200  # good ones, that a model is made of
 SIZE = 256
 Name = TypeVar("Name", bound=Hashable)  # of a contender
 
@@ -272,6 +277,64 @@ def commands(plan: Plan, data: Path, category: str, folder: Path, has_weights: b
                 samples[key].append(finished.seconds)
     for key, (title, _) in started_commands.items():
         yield Figure(key, "Cold start of commands", title, "s", {OURS: samples[key]})
+
+
+def time_to_model(data: Path, category: str, folder: Path, anomalib: str | None) -> Iterator[Figure]:
+    """From the command to the exported model with its thresholds, of `MODEL_PICTURES` good pictures, in seconds.
+
+    Ours trains `configs/auto.yaml`, calibrates and exports. anomalib does the same by its own recipe, and once more in
+    as many steps as ours.
+
+    Args:
+        data: with a category that has so many pictures, else they are drawn.
+        category: its name.
+        folder: where all is written.
+        anomalib: a Python that has it; None: nothing has.
+    """
+    source, target = data / category, folder / "model/data" / category
+    pictures = sorted((source / "train/good").iterdir())
+    if len(pictures) < MODEL_PICTURES:
+        write_bottle(target, MODEL_PICTURES, TEST)
+    else:
+        for name in ("test", "ground_truth"):
+            shutil.copytree(source / name, target / name)
+        for picture in spread(pictures, MODEL_PICTURES):
+            shutil.copy(picture, make_folder(target / "train/good"))
+
+    config = ROOT / "configs/auto.yaml"
+    run = ["-cfg", str(config), "--exp_dir", "model", "-cat", category]
+    read = ["--data", str(target.parent)]
+    commands = (
+        ("train.py", read),
+        ("eval.py", read),
+        ("deploy/export_model.py", ["--format", "onnx", "--save_inference_dir", str(folder / "model/exported")]),
+    )
+    resnet18 = os.environ.get("FASTFLOW_BACKBONE_WEIGHTS", "")  # which auto.yaml has no use for
+    ours = sum(
+        run_command(
+            [sys.executable, str(ROOT / name), *run, *options], folder, {"FASTFLOW_BACKBONE_WEIGHTS": ""}
+        ).seconds
+        for name, options in commands
+    )
+    settings = load_config(config)
+    known = resnet18 if resnet18.endswith(".npz") else None
+    group = f"{MODEL_PICTURES} pictures, from the command to the exported model"
+    for key, title, steps, batch in (
+        ("model", "each by its own recipe", None, 32),
+        ("model/steps", f"{settings.steps} steps of {settings.batch_size}", settings.steps, settings.batch_size),
+    ):
+        samples = {OURS: [ours]}
+        if anomalib:
+            time.sleep(QUIET)
+            begun = time.perf_counter()
+            with started({ANOMALIB: Contender(ANOMALIB, group, ("anomalib_model",), python=anomalib)}) as workers:
+                made = str(folder / key / "anomalib")
+                said = workers[ANOMALIB].ask_once(
+                    "model", category=str(target), target=made, weights=known, steps=steps, batch=batch
+                )
+            samples[ANOMALIB] = [time.perf_counter() - begun]
+            title += f"; anomalib: {said['epochs']} epochs, {said['steps']} steps"
+        yield Figure(key, group, title, "s", samples)
 
 
 def _few_of_the_graph(plan: Plan) -> dict[str, int]:

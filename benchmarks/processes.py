@@ -131,8 +131,8 @@ class Finished:
     peak: int
 
 
-def run_command(command: Sequence[str], folder: Path) -> Finished:
-    """Run a command in a folder.
+def run_command(command: Sequence[str], folder: Path, changes: dict[str, str] | None = None) -> Finished:
+    """Run a command in a folder, with these changes to the environment.
 
     Raises:
         UserError: its exit code is not 0.
@@ -141,7 +141,7 @@ def run_command(command: Sequence[str], folder: Path) -> Finished:
     with tempfile.TemporaryFile("w+") as output:
         begun = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=clean_environment({})
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=clean_environment(changes or {})
         )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begun

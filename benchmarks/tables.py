@@ -29,6 +29,8 @@ SPEED = (
     ("step/backbone/32", "training step, batch 32, with the backbone"),
     ("epoch", "first epoch with evaluation, 209 + 83 pictures"),
     ("later epoch", "each later epoch"),
+    ("model", "200 pictures, from the command to the exported model, each by its own recipe"),
+    ("model/steps", "the same, anomalib in as many steps as ours"),
     ("evaluation/83", "evaluation of 83 maps of 256x256, model excluded"),
     ("latency", "latency of one picture"),
     ("throughput/8", "throughput, batch 8"),
@@ -216,7 +218,7 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
         ).append(run)
     words = {"en": ("{} epochs", "{} steps"), "zh": ("{} 轮", "{} 步")}[language]
     for (category, config, options, epochs, steps), runs in rows.items():
-        half, later, last = ([_at(run["history"], share) for run in runs] for share in (0.5, 0.75, 1))
+        half, later, last = ([at(run["history"], share) for run in runs] for share in (0.5, 0.75, 1))
         seconds = [sum(row["seconds"] for row in run["history"]) for run in runs]
         cells = [
             f"{category} ({runs[0]['pictures']})" + "".join(f", `{option}`" for option in options),
@@ -260,7 +262,7 @@ def fall(results: dict[str, Any], language: str) -> list[str]:
     return [*lines, "", note + _origin(runs, language)]
 
 
-def _at(history: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
+def at(history: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
     """The evaluated epoch that ends nearest to this share of the training."""
     ends = [row.get("steps") or row["epoch"] for row in history]
     measured = [(end, row) for end, row in zip(ends, history, strict=True) if row["image_auroc"] is not None]

@@ -39,6 +39,10 @@ def make(kind: str, arguments: list[str]) -> Any:
         from benchmarks.contenders.anomalib_openvino import AnomalibOpenvino
 
         return AnomalibOpenvino(*arguments)
+    if kind == "anomalib_model":
+        from benchmarks.contenders.anomalib_model import AnomalibModel
+
+        return AnomalibModel()
     from benchmarks.contenders.anomalib import Anomalib
 
     return Anomalib(*arguments)

@@ -362,11 +362,15 @@ def _paths(files: Sequence[Path], category: Category) -> str:
     return ", ".join(str(path.relative_to(category.folder)) for path in files[:NAMED]) + more
 
 
+def _holdout(text: str) -> float:
+    return 0 if text == "0" else share(text)  # as published, none is held out
+
+
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m datasets.check", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("--data", default="./data", help="folder of the categories (%(default)s)")
     parser.add_argument("-cat", "--category", default="all", help="name of a folder under --data (%(default)s)")
-    parser.add_argument("--holdout", type=share, default=HOLDOUT, help="as in the config (%(default)s)")
+    parser.add_argument("--holdout", type=_holdout, default=HOLDOUT, help="as in the config (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, a report a category")
     return parser.parse_args()
 

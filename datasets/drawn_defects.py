@@ -44,24 +44,28 @@ def draw_defect(
     shape = _scratch(rng, size) if kind == "scratch" else _spot(rng, size)
     cover = _filled(shape - (shape.min(axis=0) + shape.max(axis=0)) / 2 + (side - 1) / 2, side)
     source = other if rng.random() < 0.5 and min(other.shape[:2]) >= side else picture
-    for _ in range(1 if kind in ("scratch", "blob") else PLACES):
-        y, x = (int(rng.integers(length - side + 1)) for length in (height, width))
-        patch = picture[y : y + side, x : x + side].astype(np.float32)
-        if kind == "piece":
-            changed = _somewhere(rng, source, side)
-        elif kind == "smear":
-            changed = _smeared(rng, patch)
+    along = rng.random() < 0.5
+    searched = kind in ("piece", "smear")
+    for _ in range(PLACES if searched else 1):
+        here, there = _somewhere(rng, picture, side), _somewhere(rng, source, side)
+        # Most places are given up for what each n-th of their pixels says: large ones would take long.
+        for stride in sorted({max(side // 64, 1) if searched else 1, 1}, reverse=True):
+            part, inside = (array[::stride, ::stride].astype(np.float32) for array in (picture[here], cover))
+            if kind == "piece":
+                changed = source[there][::stride, ::stride]
+            elif kind == "smear":
+                changed = _smeared(part, along)
+            else:
+                changed = _tinted(rng, part, inside, 255 * contrast)
+            change = changed - part
+            strength = float((np.abs(change).max(axis=2) * inside).sum() / inside.sum()) / 255
+            if strength < 0.9 * contrast:
+                break
         else:
-            changed = _tinted(rng, patch, cover, 255 * contrast)
-        change = changed - patch
-        strength = float((np.abs(change).max(axis=2) * cover).sum() / cover.sum()) / 255
-        if strength < 0.9 * contrast:
-            continue
-        change *= min(contrast / strength, 1)
-        drawn, mask = picture.copy(), np.zeros((height, width), np.float32)
-        drawn[y : y + side, x : x + side] = np.rint(np.clip(patch + cover[..., None] * change, 0, 255))
-        mask[y : y + side, x : x + side] = cover
-        return drawn, mask
+            drawn, mask = picture.copy(), np.zeros((height, width), np.float32)
+            drawn[here] = np.rint(np.clip(part + cover[..., None] * change * min(contrast / strength, 1), 0, 255))
+            mask[here] = cover
+            return drawn, mask
     return None
 
 
@@ -105,13 +109,13 @@ def _tinted(rng: np.random.Generator, patch: np.ndarray, cover: np.ndarray, chan
     return ways[0] if moved[0] >= 0.9 * change * cover.sum() else ways[int(np.argmax(moved))]
 
 
-def _somewhere(rng: np.random.Generator, source: np.ndarray, side: int) -> np.ndarray:
-    """A square of the source."""
-    y, x = (int(rng.integers(length - side + 1)) for length in source.shape[:2])
-    return source[y : y + side, x : x + side].astype(np.float32)
+def _somewhere(rng: np.random.Generator, picture: np.ndarray, side: int) -> tuple[slice, slice]:
+    """A square of the picture."""
+    y, x = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
+    return slice(y, y + side), slice(x, x + side)
 
 
-def _smeared(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
-    """The patch, averaged along its rows or its columns."""
+def _smeared(patch: np.ndarray, along: bool) -> np.ndarray:
+    """The patch, averaged along its rows, or along its columns."""
     length = 2 * (len(patch) // 3) + 1
-    return cv2.blur(patch, (length, 1) if rng.random() < 0.5 else (1, length))
+    return cv2.blur(patch, (length, 1) if along else (1, length))

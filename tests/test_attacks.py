@@ -318,15 +318,15 @@ def test_a_form_in_a_charset_that_is_slow_to_decode_is_refused_at_once():
         assert time.process_time() - begun < 2
 
 
-def test_maps_are_encoded_beside_the_event_loop(monkeypatch):
-    encode = service.encode_map
+def test_regions_and_maps_are_made_beside_the_event_loop(monkeypatch):
+    decide = service.decide
 
-    def encode_beside(anomaly_map):
+    def decide_beside(*args):
         with pytest.raises(RuntimeError, match="no running event loop"):
             asyncio.get_running_loop()
-        return encode(anomaly_map)
+        return decide(*args)
 
-    monkeypatch.setattr(service, "encode_map", encode_beside)
+    monkeypatch.setattr(service, "decide", decide_beside)
     with TestClient(create_app({"bottle": served()}, Limits())) as client:
         assert post(client, picture_file(), map="true").json()["map"]
 

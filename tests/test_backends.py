@@ -19,7 +19,7 @@ from deploy import backends
 from deploy.backends import FILES, OLD_PROGRAM, Options, load_exported, model_files, prepare_runtime
 from deploy.common.cli import UserError
 from deploy.common.imaging import label, list_images, preprocess, read_rgb
-from deploy.infer import read_description
+from deploy.description import read_description
 from models.export_form import InferenceForm
 from models.fastflow import FastFlow, per_location_score
 from models.offline_start import calibrated_start
@@ -584,7 +584,7 @@ def test_a_picture_that_cannot_be_written_costs_no_result(exported, tmp_path):
     assert "001.png.jpg: cannot be written" in done.stderr
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(list((tmp_path / "drawings").iterdir())) == 8
-    assert set(lines[1]) == {"path", "score", "label", "threshold", "error"}
+    assert set(lines[1]) == {"path", "score", "label", "threshold", "pixel_threshold", "size", "regions", "error"}
 
 
 def test_what_ends_it_half_way_costs_no_result_before(exported, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
+from benchmarks import measure as measure_module
 from benchmarks import processes
 from benchmarks.__main__ import (
     RUNTIMES,
@@ -206,6 +207,24 @@ def test_what_other_processes_take(tmp_path):
     everything, all_but_one = OtherProcesses(), OtherProcesses(1)
     run_command([sys.executable, "-c", "sum(range(20_000_000))"], tmp_path)
     assert 0 <= everything.share() < all_but_one.share() <= 1
+
+
+def test_the_time_to_a_model_is_that_of_all_its_commands(tmp_path, monkeypatch):
+    run = []
+
+    def finished(command, folder, changes):
+        run.append((command[1].removeprefix(f"{processes.ROOT}/"), changes))
+        return processes.Finished(10.0 * len(run), 0)
+
+    monkeypatch.setattr(measure_module, "run_command", finished)
+    monkeypatch.setattr(measure_module, "MODEL_PICTURES", 3)
+    own, same_steps = measure_module.time_to_model(processes.ROOT / "lite_data", "bottle", tmp_path, None)
+    alone = {"FASTFLOW_BACKBONE_WEIGHTS": ""}  # it is of ResNet18
+    assert run == [("train.py", alone), ("eval.py", alone), ("deploy/export_model.py", alone)]
+    assert own.samples == same_steps.samples == {OURS: [60.0]}
+    category = load_category(tmp_path / "model/data", "bottle")
+    assert (len(category.train), len(category.test)) == (3, 26)
+    assert {goal["value"] for goal in check_goals([own])} == {60.0}
 
 
 def test_a_command_that_fails_is_a_user_error(tmp_path):

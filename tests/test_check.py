@@ -280,6 +280,14 @@ def test_what_can_be_promised_is_said_before_the_training(make):
     assert checked(data, holdout=0).lowest_false_alarm_rate is None
 
 
+def test_the_check_may_hold_out_none_as_published(make, monkeypatch, capsys):
+    words = ["check", "--data", str(make("train/good/0.png")), "--holdout"]
+    for share, code in (("0", 0), ("0.1", 2)):
+        monkeypatch.setattr(sys, "argv", [*words, share])
+        assert main() == code
+        assert ("leaves none to learn from" in capsys.readouterr().out) == bool(code)
+
+
 def test_sizes_modes_and_masks_are_counted(make, tmp_path):
     data = make(*USUAL)
     save(tmp_path / "part/train/good/2.png", np.zeros((4, 4), np.uint8))

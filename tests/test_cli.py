@@ -2,12 +2,17 @@
 
 import argparse
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from deploy.common import runtime
 from deploy.common.cli import ArgumentParser, add_pictures, boolean, finite_float, interval, run_main
 from utils import options
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1", "yes", "y", "t", "T", "gpu", "GPU"])
@@ -86,6 +91,15 @@ def test_an_interruption_of_an_import_is_one_too(capsys):
         run_main(main)
     signal.signal(signal.SIGTERM, before)
     assert (end.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_ends_no_command(closed):
+    code = (
+        "import sys; from deploy.common.cli import run_main, warn; run_main(lambda: warn(str(sys.stdout.write('1'))))"
+    )
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=ROOT, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
 
 
 def test_a_file_that_looks_like_an_option_is_told(tmp_path, monkeypatch, capsys):

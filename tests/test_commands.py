@@ -844,7 +844,9 @@ def test_several_paths_to_a_folder_and_json_of_their_own(workplace, tmp_path):
         assert f"\n{anomalies} of 4 anomalies\n" in done.stdout
         assert (f"可视化图在{target}/drawings下\n" in done.stdout) == (script == "predict.py")
     for one, other in zip(*rows.values(), strict=True):
-        assert one.keys() == other.keys() == {"path", "score", "label", "threshold"}
+        told = {"path", "score", "label", "threshold", "pixel_threshold", "size", "regions"}
+        assert one.keys() == other.keys() == told
+        assert [region["box"] for region in one["regions"]] == [region["box"] for region in other["regions"]]
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
 
 

@@ -100,6 +100,12 @@ def test_list_images(pictures, path, found):
     assert names(list_images(f"{pictures}/{path}"), pictures) == found
 
 
+def test_a_folder_of_folders_says_how_to_take_theirs(tmp_path):
+    (tmp_path / "good").mkdir()
+    with pytest.raises(UserError, match=r"for its subfolders: '.*\*\*/\*\.png'"):
+        list_images(tmp_path)
+
+
 def test_a_pattern_of_windows_may_have_its_own_separators(pictures, monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
     monkeypatch.setattr(os, "altsep", "/")

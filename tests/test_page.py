@@ -52,6 +52,7 @@ def server(exported):
 RED = {"category": "red", "input_size": [60, 60], "mean": [0.0] * 3, "std": [1.0] * 3}
 RED |= {"image_threshold": 0.5, "pixel_threshold": 0.6, "white_level": None}
 RED |= {"threshold_rule": "published", "pixel_threshold_rule": "published", "min_area": 0}
+RED |= {"image_score": "max", "top_share": None}
 
 
 @pytest.fixture(scope="module")
@@ -536,10 +537,10 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("Enter")  # on the button that takes it back
     expect(page.locator("#threshold-value")).to_have_text("0.800")
     names = []
-    for _ in range(6):
+    for _ in range(7):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert names == ["opacity", "sort", "filter", "csv", "clear", "enlarge"]
+    assert names == ["opacity", "boxes", "sort", "filter", "csv", "clear", "enlarge"]
     page.keyboard.press("Enter")
     expect(page.locator("#large")).to_be_visible()
     page.keyboard.press("Escape")

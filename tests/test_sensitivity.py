@@ -69,7 +69,7 @@ def test_larger_defects_are_found_and_the_size_is_in_pixels_of_the_pictures(meas
     assert content["picture_size"] == [128, 128]
     blobs = [row["by_kind"]["blob"] for row in content["by_size"]]
     assert blobs[0]["found"] == 0
-    assert all(blob["found"] == blob["drawn"] > 0 for blob in blobs[6:-1])
+    assert all(blob["found"] == blob["drawn"] > 0 for blob in blobs[4:-1])
     assert blobs[-1]["drawn"] == 0  # as large as the picture
     assert not any(row["by_kind"]["smear"]["drawn"] for row in content["by_size"])  # nothing to smear in plain grey
 
@@ -79,18 +79,19 @@ def test_it_is_the_same_each_time(good, measurement):
 
 
 def test_the_line_says_what_is_found_at_which_rate_and_that_it_is_drawn():
-    content = {"picture_size": [1200, 1600], "false_alarm_rate": 0.05, "rate_is": "promised", "drawn_defects": 264}
-    content |= {"held_out_pictures": 30, "found_from_px": 14.2}
-    assert sensitivity_line(content) == (
-        "spots of 14 px (of 1600 px) and more are found in 9 of 10 cases at a false alarm rate of 0.05 "
-        "(264 drawn defects on 30 held-out good pictures)"
+    rows = [{"picture_px": 400.0, "drawn": 24}, {"picture_px": 900.0, "drawn": 0}]
+    content = {"picture_size": [1200, 1600], "false_alarm_rate": 0.05, "rate_is": "promised", "by_size": rows}
+    content |= {"found_from_px": 14.2, "faint_found_from_px": 64}
+    start = "spots of 14 px (of 1600 px) and more are found in 9 of 10 cases at a false alarm rate of 0.05"
+    assert sensitivity_line(content) == f"{start} (drawn ones, of contrast 0.2 and more; fainter ones from 64 px on)"
+    assert sensitivity_line({**content, "faint_found_from_px": None}).endswith(
+        "; fainter ones of no size up to 400 px)"
     )
-    rows = [{"picture_px": 400.0, "drawn": 24, "found": 15}, {"picture_px": 900.0, "drawn": 0, "found": 0}]
-    line = sensitivity_line({**content, "found_from_px": None, "by_size": rows})
-    assert line.startswith("spots of no size up to 400 px (of 1600 px) are found in 9 of 10 cases at a false alarm")
-    assert line.endswith("of the largest 15 of 24 are")
-    line = sensitivity_line({**content, "rate_is": "measured on the held-out pictures"})
-    assert "rate of 0.05, measured on the held-out pictures (" in line
+    assert sensitivity_line({**content, "found_from_px": None}) == (
+        "spots of no size up to 400 px (of 1600 px) are found in 9 of 10 cases at a false alarm rate of 0.05 "
+        "(drawn ones, of contrast 0.2 and more)"
+    )
+    assert f"{start}, measured on held-out" in sensitivity_line({**content, "rate_is": "measured on held-out pictures"})
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,14 @@ def test_the_line_says_what_is_found_at_which_rate_and_that_it_is_drawn():
     ],
 )
 def test_the_size_from_which_on_nine_of_ten_are_found(found, expected):
-    rows = [{"picture_px": i, "drawn": 10, "found": hits} for i, hits in enumerate(found, start=1)]
-    assert found_from([*rows, {"picture_px": 9, "drawn": 0, "found": 0}]) == expected
+    def row(size, drawn, hits):
+        """Half of them of each contrast, and all faint ones found."""
+        parts = {"0.2": {"drawn": drawn // 2, "found": hits // 2}, "0.4": {"drawn": drawn // 2, "found": -(-hits // 2)}}
+        return {"picture_px": size, "by_contrast": {"0.1": {"drawn": 99, "found": 99}, **parts}}
+
+    rows = [row(i, 10, hits) for i, hits in enumerate(found, start=1)]
+    assert found_from([*rows, row(9, 0, 0)], [0.2, 0.4]) == expected
+    assert found_from(rows, [0.1]) == 1
 
 
 def test_pictures_that_are_anomalies_anyway_say_nothing(good):

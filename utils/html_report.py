@@ -57,9 +57,9 @@ DRAWN = (
     "share of the way from black to white. Real defects may be harder or easier to find."
 )
 INTERVALS = (
-    f"Intervals: {DRAWS} times as many pictures were drawn from the test set with replacement, good and defect ones "
-    f"apart; figures of pixels from {BINS} bins of the score. Where no picture is on the wrong side this shows no "
-    "spread. An interval tells what chance does, not what other parts, light or cameras do."
+    f"Intervals: of {DRAWS} test sets drawn from this one with replacement, good and defect pictures apart, each as "
+    f"large as it; figures of pixels from {BINS} bins of the score. Where no picture is on the wrong side they show "
+    "no spread. An interval tells what chance does, not what other parts, light or cameras do."
 )
 
 

@@ -1,9 +1,9 @@
 """Intervals of the figures, 95%: how far they could be from what more pictures of the same kind would give.
 
-Those of figures are bootstrapped over pictures (Efron 1979, doi 10.1214/aos/1176344552): 1000 times as many pictures
-are drawn from those there are, with replacement, good and defect ones apart, and the interval holds the middle 95% of
-the figures. Pixels of a picture stay together. For pixels each picture is a histogram of `BINS` scores, with about as
-many pixels in each bin, and what lies in a bin counts as tied: on bottle's 83 pictures the figures are then 2e-4 or
+Those of figures are bootstrapped over pictures (Efron 1979, doi 10.1214/aos/1176344552): 1000 test sets as large as
+this one are drawn from it, with replacement, good and defect pictures apart, and the interval holds the middle 95% of
+their figures. Pixels of a picture stay together. For pixels each picture is a histogram of `BINS` scores, with about as
+many pixels in each bin, and what lies in a bin counts as tied: on bottle's 83 pictures the figures are then 3e-4 or
 less from the exact ones.
 """
 

@@ -8,6 +8,8 @@ A measurement is a method that takes and returns JSON values; a contender may la
     evaluate(count, seconds): from `count` anomaly maps to both AUROCs; gives `seconds`, `image`, `pixel`
     epoch(data, category, train, test, batch): one epoch on the first pass over that many pictures, then an evaluation;
         gives `features`, `training`, `evaluation` (seconds), `image`, `pixel` and the process's `peak` memory in bytes
+    model(category, target, weights, steps, batch): from picture files to an exported model, in so many steps or by the
+        contender's own recipe (null); gives `epochs` and `steps`
     save(file): writes the model as a checkpoint that can be exported
     describe(): versions and settings
 """

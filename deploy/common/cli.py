@@ -150,6 +150,9 @@ def run_main(main: Callable[[], int | None], packages: str = "-r requirements.tx
         end_at_once: after success, leave out what Python and libraries do at the end of a process; with Paddle that
             takes 0.6 s. For a script that has nothing to clean up.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this has closed it; the next file would take its place
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Chinese shows ? in its place
     terminated = -math.inf  # when, by time.monotonic()

@@ -52,7 +52,9 @@ def _files_at(path: str) -> list[Path]:
         if path and Path(path).is_dir():
             found = [file for file in Path(path).iterdir() if is_image(file)]
             if not found:
-                raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)})")
+                below = any(file.is_dir() for file in Path(path).iterdir())
+                advice = f"; for its subfolders: '{os.path.join(path, '**', '*.png')}' or the like" * below
+                raise UserError(f"{path}: no picture in this folder ({' '.join(SUFFIXES)}){advice}")
         elif path and Path(path).exists():
             return [Path(path)]
         else:
@@ -409,9 +411,12 @@ def _outline(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]
 def _number(picture: np.ndarray, number: str, box: np.ndarray, width: int) -> None:
     """Draw a box, x, y, width and height in pixels, with its number above it, or within it at the picture's edge."""
     left, top, right, bottom = (round(float(place)) for place in (*box[:2], *(box[:2] + box[2:])))
-    cv2.rectangle(picture, (left, top), (right - 1, bottom - 1), (255, 255, 255), width)
-    tag = _text(number, max(14, len(picture) // 24))
-    y = min(top - len(tag) if top >= len(tag) else top, len(picture) - len(tag))
+    corners = (left - 2 * width, top - 2 * width), (right - 1 + 2 * width, bottom - 1 + 2 * width)  # around the outline
+    cv2.rectangle(picture, *corners, (0, 0, 0), 3 * width)  # a rim, so that it shows on bright pictures too
+    cv2.rectangle(picture, *corners, (255, 255, 255), width)
+    tag = 255 - _text(number, max(14, len(picture) // 24))  # white on black
+    above = top - 3 * width - len(tag)
+    y = min(above if above >= 0 else top, len(picture) - len(tag))
     x = min(left, picture.shape[1] - tag.shape[1])
     if min(x, y) >= 0:  # else the panel is too small for it
         picture[y : y + len(tag), x : x + tag.shape[1]] = tag
