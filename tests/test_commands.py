@@ -633,7 +633,7 @@ def test_a_category_without_test_pictures_can_be_calibrated(workplace, tmp_path)
 
 
 def test_what_can_be_found_is_said_at_the_end_of_a_training_and_on_demand(workplace):
-    done = workplace.train("seen", "-cfg", "configs/resnet18_few.yaml", "--epochs", 1)
+    done = workplace.train("seen", *AUTO, "--epochs", 1)
     folder = workplace.folder / "results/seen/bottle"
     content = json.loads((folder / "sensitivity.json").read_text())
     assert f"bottle  {content['line']}" in done.stdout.splitlines()
@@ -1236,14 +1236,14 @@ def test_no_such_checkpoint_or_picture(workplace):
     )
 
 
-# ---- configs/resnet18_stable.yaml
+# ---- configs/auto.yaml
 
 
-STABLE = ("-cfg", "configs/resnet18_stable.yaml")
+AUTO = ("-cfg", "configs/auto.yaml")
 
 
-def test_stable_training_stores_the_average_the_held_out_pictures_and_the_last_epoch(workplace):
-    workplace.train("stable", *STABLE, "--epochs", 3, "--batch_size", 8)
+def test_a_training_of_auto_stores_the_average_the_held_out_pictures_and_the_last_epoch(workplace):
+    workplace.train("stable", *AUTO, "--epochs", 3, "--test_epochs", 1)
     folder = workplace.folder / "results/stable/bottle"
     best, last = (load_checkpoint(folder / name) for name in ("best.pdparams", "last.pdparams"))
     assert best["epoch"] == last["epoch"] == 3
@@ -1258,8 +1258,8 @@ def test_stable_training_stores_the_average_the_held_out_pictures_and_the_last_e
     assert float(rows[-1]["lr"]) < float(rows[0]["lr"])
 
 
-def test_stable_training_resumes_to_the_same_losses(workplace):
-    options = (*STABLE, "--batch_size", 8, "-o", "lr_schedule=constant", "-o", "feature_noise=0.1")
+def test_a_training_of_auto_resumes_to_the_same_losses(workplace):
+    options = (*AUTO, "--test_epochs", 1, "-o", "lr_schedule=constant")
     workplace.train("stable_whole", *options, "--epochs", 2)
     workplace.train("stable_stopped", *options, "--epochs", 1)
     workplace.train("stable_stopped", *options, "--epochs", 2, "--resume")
@@ -1269,7 +1269,7 @@ def test_stable_training_resumes_to_the_same_losses(workplace):
 
 
 def test_a_budget_in_steps_ends_within_an_epoch_and_resumes_to_the_same_losses(workplace):
-    options = ("-cfg", "configs/auto.yaml", "-o", "lr_schedule=constant", "-o", "eval_interval=1")
+    options = (*AUTO, "-o", "lr_schedule=constant", "-o", "eval_interval=1")
     whole = workplace.train("steps_whole", *options, "-o", "steps=7").stdout
     assert "7 steps: the training pictures are gone through in 3 epochs" in whole
     assert "trains all 3 epochs" in whole
@@ -1301,8 +1301,8 @@ def test_steps_that_nobody_counted_are_not_gone_on_from(workplace):
 
 
 def test_val_likelihood_keeps_the_epoch_with_the_lowest_held_out_loss(workplace):
-    options = ("-o", "selection=val_likelihood", "--batch_size", 8, "--epochs", 3, "-o", "lr=0.02")
-    workplace.train("likely", *STABLE, *options)
+    options = ("-o", "selection=val_likelihood", "--test_epochs", 1, "--epochs", 3, "-o", "lr=0.02")
+    workplace.train("likely", *AUTO, *options)
     rows = workplace.history("likely")
     lowest = min(rows, key=lambda row: float(row["val_loss"]))
     best = load_checkpoint(workplace.folder / "results/likely/bottle/best.pdparams")
@@ -1310,20 +1310,20 @@ def test_val_likelihood_keeps_the_epoch_with_the_lowest_held_out_loss(workplace)
 
 
 def test_resume_refuses_what_a_training_cannot_change_half_way(workplace):
-    workplace.train("fixed", *STABLE, "--epochs", 1)
+    workplace.train("fixed", *AUTO, "--epochs", 1)
     options = ("--data", "lite_data", "-cat", "bottle", *TINY, "--exp_dir", "fixed", "--resume", "--epochs", 2)
     for change, text in (("ema_decay=0", "ema_decay 0.9"), ("holdout=0.2", "holdout 0.1"), ("seed=1", "held out")):
-        line = workplace.fail("train.py", *STABLE, *options, "-o", change)
+        line = workplace.fail("train.py", *AUTO, *options, "-o", change)
         assert "last.pdparams" in line
         assert text in line
 
 
-def test_good_pictures_alone_are_enough_for_the_stable_config(workplace):
+def test_good_pictures_alone_are_enough_for_auto(workplace):
     data = workplace.folder / "only_good"
     (data / "part/train").mkdir(parents=True)
     (data / "part/train/good").symlink_to(ROOT / "lite_data/bottle/train/good")
     common = ("--data", data, "-cat", "part", *TINY, "--epochs", 1)
-    done = workplace.succeed("train.py", *STABLE, *common, "--exp_dir", "good")
+    done = workplace.succeed("train.py", *AUTO, *common, "--exp_dir", "good")
     assert "EVAL" not in done.stdout and "auroc: " not in done.stdout
     assert done.stdout.splitlines()[-2] == "part             pixel auroc:n/a    image auroc:n/a"
     assert "held-out loss" in done.stdout

@@ -165,6 +165,12 @@ def test_whoever_gives_epochs_wants_these_and_no_budget_in_steps(overrides, opti
     assert (config.steps, config.epochs) == (steps, epochs)
 
 
+@pytest.mark.parametrize("name", ["resnet18_few.yaml", "resnet18_stable.yaml"])
+def test_who_names_a_config_that_there_was_is_told_what_to_use(name):
+    with pytest.raises(UserError, match=rf"configs/{name}: cannot be read .*; configs/auto\.yaml is in its place$"):
+        load_config(f"configs/{name}")
+
+
 def test_epochs_and_steps_cannot_both_be_given():
     for overrides, options in ((["epochs=3", "steps=7"], {}), (["steps=7"], {"epochs": 3})):
         with pytest.raises(UserError, match="epochs and steps: give one of the two"):

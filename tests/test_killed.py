@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 DATA = ["--data", str(ROOT / "lite_data"), "-cat", "bottle", "--exp_dir", "exp"]
 # What chooses the best epoch: the test set; the last one, with a moving average and held-out pictures.
 BY_TEST_SET = ["-cfg", str(ROOT / "configs/resnet18.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
-STABLE = ["-cfg", str(ROOT / "configs/resnet18_stable.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
+AUTO = ["-cfg", str(ROOT / "configs/auto.yaml"), "-o", "input_size=32", "-o", "flow_step=1"]
 TRAIN = ["-o", "pretrained=offline", "--batch_size", "12", *DATA]
 CHECKPOINTS = ("best.pdparams", "last.pdparams")
 FOLDER = Path("results/exp/bottle")
@@ -169,7 +169,7 @@ def test_a_training_that_is_killed_again_and_again_goes_on_to_the_same_end(tmp_p
 
 
 def test_a_training_that_is_killed_before_each_of_its_files_goes_on_to_the_same_end(tmp_path, trained):
-    options = [*STABLE, "--epochs", "2"]
+    options = [*AUTO, "--epochs", "2"]
     whole, _, _ = trained(options)
     command = ["train", *options, *TRAIN, "--resume"]
     kills = kill_before_every_file(lambda _: assert_usable(tmp_path, table(whole)), tmp_path, *command)

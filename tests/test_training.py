@@ -15,7 +15,7 @@ from utils.averaging import WeightAverage
 from utils.config import load_config
 from utils.training import Training, backward, draw_noise, learning_rate
 
-STABLE = "configs/resnet18_stable.yaml"
+AUTO = "configs/auto.yaml"
 
 
 def test_the_published_learning_rate_is_constant(config):
@@ -23,7 +23,7 @@ def test_the_published_learning_rate_is_constant(config):
 
 
 def test_the_cosine_rises_first_and_ends_near_zero():
-    config = load_config(STABLE)
+    config = load_config(AUTO)
     rates = [learning_rate(config, done) / config.lr for done in (0.0, 0.0125, 0.025, 0.5, 1.0)]
     np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0], atol=2e-3)
     falling = [learning_rate(config, done) for done in np.linspace(0.025, 1, 50)]
@@ -222,21 +222,9 @@ def test_nothing_is_held_out_as_published_and_one_at_least_otherwise():
         hold_out(pictures[:1], 0.1, seed=0)
 
 
-def test_the_stable_config_changes_training_only(config):
-    changed = {
-        field.name
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(load_config(STABLE), field.name)
-    }
-    assert changed == {
-        *("epochs", "lr_schedule", "ema_decay", "holdout", "selection"),
-        *("threshold_rule", "log_interval"),  # which change no result of the training
-    }
-
-
 def test_val_likelihood_needs_pictures_held_out():
     with pytest.raises(UserError, match="set holdout"):
-        load_config(STABLE, ["selection=val_likelihood", "holdout=0"])
+        load_config(AUTO, ["selection=val_likelihood", "holdout=0"])
 
 
 def test_an_average_follows_a_real_step(model):

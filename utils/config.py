@@ -21,6 +21,7 @@ BOUNDS = {
     "above": ("greater than", ">", operator.gt),
     "most": ("at most", "≤", operator.le),
 }
+REPLACED = ("resnet18_stable.yaml", "resnet18_few.yaml")  # names of configs that there were
 TITLES = {
     "en": ("key", "type or choices", "default", "bounds", "meaning"),
     "zh": ("键", "类型或选项", "默认值", "范围", "含义"),
@@ -352,7 +353,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **options: Any)
     try:
         values = read_yaml(path)
     except (OSError, ValueError) as error:  # ValueError: no YAML, or a name that no file can have
-        raise UserError(f"config {path}: cannot be read ({error}); give a YAML file with -cfg") from error
+        advice = "configs/auto.yaml is in its place" if Path(path).name in REPLACED else "give a YAML file with -cfg"
+        raise UserError(f"config {path}: cannot be read ({error}); {advice}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path}: must hold `key: value` lines, see configs/resnet18.yaml")
     given = {key: value for key, value in options.items() if value is not None}
