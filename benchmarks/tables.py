@@ -170,12 +170,13 @@ def paper(results: dict[str, Any], language: str) -> list[str]:
         "own framework fp32": "Paddle Inference",
         "ONNX Runtime fp32": "ONNX Runtime",
         "OpenVINO fp32": "OpenVINO",
+        "OpenVINO bf16": "OpenVINO, bfloat16",
     }
     heads = [*titles[:3], *(titles[3] + name for name in runtimes.values())]
     lines = [f"| {' | '.join(heads)} |", "| :-- |" + " --: |" * (len(heads) - 1)]
     for name in PAPER:
-        figures = [results["figures"][f"paper/{name}/{what}"] for what in ("step", "memory", *runtimes)]
-        cells = [number(figure["results"][OURS]["median"], figure["unit"]) for figure in figures]
+        figures = [results["figures"].get(f"paper/{name}/{what}") for what in ("step", "memory", *runtimes)]
+        cells = [number(f["results"][OURS]["median"], f["unit"]) if f else "–" for f in figures]
         lines.append(f"| `paper/{name}.yaml` | {' | '.join(cells)} |")
     return [*lines, "", _where(results, language)]
 
