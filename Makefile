@@ -1,6 +1,7 @@
 # make demo: set up, then train, evaluate, predict, export and infer on lite_data.
 # make test: set up, then run the tests.
-# make bench: set up, anomalib too where it can be had, then measure; see benchmarks/README.md.
+# make test-cluster: set up, Ray too, then run the tests that need it.
+# make bench: set up, Ray too, and anomalib where it can be had, then measure; see benchmarks/README.md.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -9,7 +10,7 @@ BENCH_ENV = $(VENV)/anomalib
 BENCH_PIP =
 BENCH_ARGS =
 
-.PHONY: bench demo test lint clean
+.PHONY: bench demo test test-cluster lint clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
@@ -22,6 +23,10 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-serve.txt requirements-deploy.txt $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-cluster: requirements-cluster.txt $(VENV)/.installed-dev
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-cluster.txt
 	touch $@
 
 demo: $(VENV)/.installed
@@ -41,7 +46,10 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-bench: $(VENV)/.installed-dev
+test-cluster: $(VENV)/.installed-cluster
+	$(RUN) -m pytest tests/test_cluster.py tests/test_score.py
+
+bench: $(VENV)/.installed-cluster
 	@$(MAKE) --no-print-directory $(BENCH_ENV)/.installed || echo "no anomalib here; benchmarks/README.md says what it needs"
 	$(RUN) -m benchmarks $(BENCH_ARGS)
 

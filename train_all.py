@@ -6,82 +6,108 @@ or going on where it stopped, they do not know.
 """
 
 import argparse
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 from datasets.mvtec import MVTEC_CATEGORIES, list_categories
+from deploy.cluster.connection import cluster, joined
 from deploy.common import runtime
-from deploy.common.cli import UserError, positive_int, run_main
+from deploy.common.cli import UserError, non_negative_float, positive_int, run_main
 from deploy.common.files import make_folder
-from utils.config import Config, load_config
+from utils.config import Config
+from utils.grid import Job, grid_table, make_grid
 from utils.history import EpochRow, best_row, finished
 from utils.log import fitted
-from utils.options import add_data, experiment_parser
+from utils.options import PUBLISHED_CONFIG, add_data, experiment_parser
 from utils.results import experiment_folder, figure
+from utils.runs import LocalRuns, Runs, on_device, tied
 
 OUTPUT = "output.log"  # in a category's folder: all that its training printed
-GRACE = 10  # seconds that a training has to end by itself when it is interrupted
-# Becomes the script argv[2:], which Linux kills when its starter, process argv[1], ends, be it by kill -9: a training
-# that was left alone would keep its folder from the next train.sh. Code between fork and exec is no way to ask for it
-# where there are threads. 1 is PR_SET_PDEATHSIG; the starter may have ended before.
-TIED = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser("Train every category under --data over all devices, then evaluate them.")
+    parser = experiment_parser("Train every category under --data over all devices, then evaluate them.", several=True)
     add_data(parser)
     parser.add_argument("--epochs", type=positive_int, help="at most; instead of the config's, and of its steps")
-    parser.add_argument("--gpus", type=cards, metavar="N,N", help="cards to train on (all that there are)")
+    parser.add_argument(
+        "--seeds", type=seeds, metavar="N,N", help="train with each; with them, or several -cfg, a table ends it"
+    )
+    parser.add_argument(
+        "--gpus", metavar="N,N", help="cards to train on (all that there are); with --cluster a category's share, 0.25"
+    )
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="categories at a time (one a card, or one)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--cluster", type=cluster, help="train on a Ray cluster: auto, local or ray://HOST:10001 (docs/en/cluster.md)"
+    )
+    parser.add_argument("--cpus", type=positive_int, default=1, help="with --cluster: a category's cores (%(default)s)")
+    args = parser.parse_args()
+    try:
+        args.gpus = non_negative_float(args.gpus or "0") if args.cluster else args.gpus and cards(args.gpus)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --gpus: {error}")
+    return args
 
 
 def cards(text: str) -> list[str]:
-    """Type of an option that names cards as CUDA_VISIBLE_DEVICES does."""
+    """The names of cards in an option, as CUDA_VISIBLE_DEVICES has them."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"must be the numbers of cards, such as 0,1, not {text!r}")
     return names
 
 
+def seeds(text: str) -> list[int]:
+    """Type of --seeds."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, not {text!r}")
+    return sorted({int(seed) for seed in text.split(",")})
+
+
 def main() -> int:
     args = parse_args()
     if not hasattr(signal, "SIGHUP"):  # Windows, which can neither tie processes nor interrupt them like this
         raise UserError("train_all.py: needs Linux or macOS; elsewhere train.py trains one category at a time")
-    config = load_config(args.config, args.override, epochs=args.epochs)
-    names = find_categories(Path(args.data))
+    overrides = [*args.override, *([f"epochs={args.epochs}"] if args.epochs else [])]
+    cells = make_grid(args.config or [PUBLISHED_CONFIG], args.seeds, overrides, args.data, args.exp_dir)
+    categories = find_categories(Path(args.data))
+    jobs = [Job(category, cell) for cell in cells for category in categories]
     folder = experiment_folder(args.exp_dir)
     environ = dict(os.environ)  # before import_paddle() adds what is meant for one process alone
-    runtime.import_paddle()  # before anything imports paddle
-    devices = choose_devices(args.gpus, args.jobs)[: len(names)]
-    overrides = [*args.override, *([f"epochs={args.epochs}"] if args.epochs else [])]
-    options = ["-cfg", args.config, "--data", args.data, "--exp_dir", args.exp_dir]
-    options += [word for override in overrides for word in ("-o", override)]
+    with contextlib.ExitStack() as stack:
+        if args.cluster:
+            stack.enter_context(joined(args.cluster))
+            from utils.cluster_runs import ClusterRuns  # which imports Ray
 
-    sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
-    for number in (signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, signal.default_int_handler)
-    with Board(names, alone=len(devices) == 1) as board:
-        failures = Trainings(config, folder, options, devices, environ, board).run(names)
+            devices: list[str | None] = [None]
+            runs: Runs = ClusterRuns(args.cpus, args.gpus, args.jobs)
+        runtime.import_paddle()  # before anything imports paddle
+        if not args.cluster:
+            devices = choose_devices(args.gpus, args.jobs)[: len(jobs)]
+            runs = LocalRuns(devices, environ)
+
+        sys.stdout.reconfigure(line_buffering=True)  # a log shows each line at once
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, signal.default_int_handler)
+        with Board([job.name for job in jobs], alone=runs.places == 1) as board:
+            failures = Trainings(folder, runs, board).run(jobs)
     for name, reason in failures.items():
         print(f"train.sh: {name} failed: {reason}; see {folder / name}", file=sys.stderr)
     arguments, environ = on_device(devices[0], environ)
-    evaluation = subprocess.run([*script("eval.py"), *options, "-cat", "all", *arguments], env=environ)
-    return 1 if failures else evaluation.returncode
+    codes = [
+        subprocess.run(tied([script("eval.py"), *cell.options, "-cat", "all", *arguments]), env=environ).returncode
+        for cell in cells
+    ]
+    if len(cells) > 1:
+        print(grid_table(folder, cells))
+    return 1 if failures else max(codes)
 
 
 def find_categories(data: Path) -> list[str]:
@@ -115,17 +141,9 @@ def visible_gpus() -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def on_device(gpu: str | None, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Options and environment of a script that is to use the device."""
-    if gpu is None:
-        return [], environ
-    # Without the option a wrong number would train on the CPU.
-    return ["--device", "gpu"], {**environ, "CUDA_VISIBLE_DEVICES": gpu}
-
-
-def script(name: str) -> list[str]:
-    """The command that runs a script of this repository until this process ends."""
-    return [sys.executable, "-c", TIED, str(os.getpid()), str(Path(__file__).with_name(name))]
+def script(name: str) -> str:
+    """The file of a script of this repository."""
+    return str(Path(__file__).with_name(name))
 
 
 def trained_so_far(folder: Path, config: Config) -> list[EpochRow]:
@@ -188,136 +206,87 @@ class Board:
 
     def printed(self, name: str, line: str) -> None:
         """The category's training printed a line."""
+        category = Path(name).name
         if self._terminal:
-            self.show(name, f"running  {line.removeprefix(name).strip()}")
+            self.show(name, f"running  {line.removeprefix(category).strip()}")
         if self._alone or not self._terminal:
-            line = line if line.startswith(name) else f"{name}  {line}"
+            line = name + (line.removeprefix(category) if line.startswith(category) else f"  {line}")
             self._write(fitted(line) if self._terminal else line)
 
 
 class Trainings:
-    """The processes that train."""
+    """The scripts that train."""
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        options: list[str],
-        devices: list[str | None],
-        environ: dict[str, str],
-        board: Board,
-    ) -> None:
+    def __init__(self, folder: Path, runs: Runs, board: Board) -> None:
         """
         Args:
-            config: what `options` make train.py read.
             folder: of the experiment.
-            options: of train.py, without the category.
-            devices: of each job, see `choose_devices`.
-            environ: of the processes.
+            runs: where they run.
             board: where they are shown.
         """
-        self._config, self._folder, self._options, self._board = config, folder, options, board
-        # The processes share the cores and the memory for features as those of paddle.distributed.launch do.
-        self._environ = {**environ, "PADDLE_LOCAL_SIZE": str(len(devices))}
-        self._jobs = len(devices)
-        self._free: SimpleQueue[str | None] = SimpleQueue()
-        for device in devices:
-            self._free.put(device)
-        self._lock = threading.Lock()  # of the two below
-        self._processes: list[subprocess.Popen] = []
+        self._folder, self._runs, self._board = folder, runs, board
         self._stopped = False
 
-    def run(self, names: Sequence[str]) -> dict[str, str]:
-        """Train the categories; if this is interrupted, so are they.
+    def run(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """Do the jobs; if this is interrupted, so are they.
 
         Returns:
-            why those failed that did.
+            by the names of those that failed, why.
         """
-        with ThreadPoolExecutor(self._jobs) as pool:
+        with ThreadPoolExecutor(self._runs.places) as pool:
             try:
-                reasons = pool.map(self._train, names)
-                return {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
+                reasons = pool.map(self._train, jobs)
+                return {job.name: reason for job, reason in zip(jobs, reasons, strict=True) if reason}
             except KeyboardInterrupt:
-                self._stop()
+                self._stopped = True
+                self._runs.stop()
                 raise
 
-    def _stop(self) -> None:
-        """End all processes: they are asked, and killed if they take too long or the user asks again."""
-        with self._lock:
-            self._stopped = True
-        for process in self._processes:
-            process.send_signal(signal.SIGINT)
-        try:
-            for process in self._processes:
-                process.wait(GRACE)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for process in self._processes:
-                process.kill()
-
-    def _train(self, name: str) -> str | None:
+    def _train(self, job: Job) -> str | None:
         """Train a category, unless it is finished; return why it failed if it did."""
-        gpu = self._free.get()
         try:
-            reason = self._train_on(gpu, name)
+            reason = self._train_unless_done(job)
         except (UserError, OSError) as error:
             reason = str(error)
         except Exception as error:  # one that nobody has thought of; it would end the other categories too
             reason = f"unexpected {error!r}"
-        finally:
-            self._free.put(gpu)
         if reason:
-            self._board.show(name, "stopped" if self._stopped else f"failed: {reason}")
+            self._board.show(job.name, "stopped" if self._stopped else f"failed: {reason}")
         return reason
 
-    def _train_on(self, gpu: str | None, name: str) -> str | None:
-        folder = make_folder(self._folder / name)
-        history = trained_so_far(folder, self._config)
-        if not finished(history, self._config):
-            reason = self._run_process(gpu, name, bool(history), folder)
+    def _train_unless_done(self, job: Job) -> str | None:
+        folder = make_folder(self._folder / job.name)
+        history = trained_so_far(folder, job.cell.config)
+        if not finished(history, job.cell.config):
+            reason = self._run(job, bool(history), folder)
             if reason:
                 return reason
-            history = trained_so_far(folder, self._config)
+            history = trained_so_far(folder, job.cell.config)
         best = best_row(history)
         self._board.show(
-            name,
+            job.name,
             f"done  image AUROC {figure(best.image_auroc)}, pixel AUROC {figure(best.pixel_auroc)} "
             f"(epoch {best.epoch} of {len(history)})",
         )
         return None
 
-    def _run_process(self, gpu: str | None, name: str, resume: bool, folder: Path) -> str | None:
-        arguments, environ = on_device(gpu, self._environ)
-        command = [*script("train.py"), *self._options, "-cat", name, *arguments]
-        with self._lock:
-            if self._stopped:
-                return "not started"
-            process = subprocess.Popen(
-                command + ["--resume"] * resume,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # Ctrl-C of the terminal comes from _stop() alone, once
-            )
-            self._processes.append(process)
-        self._board.show(name, ("going on" if resume else "started") + (f" on GPU {gpu}" if gpu else ""))
+    def _run(self, job: Job, resume: bool, folder: Path) -> str | None:
+        words = [script("train.py"), *job.cell.options, "-cat", job.category, *["--resume"] * resume]
         last = ""
-        with process:
-            for line in process.stdout:
+        with self._runs.start(words, folder) as run:
+            self._board.show(job.name, ("going on" if resume else "started") + run.where)
+            for line in run:
                 # Opened anew each time: a training that starts puts the folder of an earlier one aside.
                 with open(make_folder(folder) / OUTPUT, "a", encoding="utf-8") as output:
                     output.write(line)
                 if line.strip():
                     last = line.strip()
                     if not self._stopped:  # then it says how that one training goes on
-                        self._board.printed(name, line.rstrip())
-        if process.returncode < 0:
-            return f"ended by {signal.Signals(-process.returncode).name} after: {last}"
-        if process.returncode:
-            return last or f"exit code {process.returncode}, nothing printed"
+                        self._board.printed(job.name, line.rstrip())
+        if run.code < 0:
+            return f"ended by {signal.Signals(-run.code).name} after: {last}"
+        if run.code:
+            return last or f"exit code {run.code}, nothing printed"
         return None
 
 

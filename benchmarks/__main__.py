@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import cluster, measure
 from benchmarks.inputs import ROOT, write_bottle
 from benchmarks.measure import FULL, QUICK, Plan, note, started
 from benchmarks.processes import Contender, OtherProcesses
@@ -35,7 +35,8 @@ from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.common.files import make_folder, write_text
 
 DATA, WEIGHTS = "FASTFLOW_MVTEC_DIR", "FASTFLOW_BACKBONE_WEIGHTS"
-SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands", "tiles", "model")
+SECTIONS = ("steps", "forward", "inference", "evaluation", "sizes", "epochs", "threads", "commands")
+LONG = ("tiles", "cluster", "model", "paper")  # not with --quick
 RUNTIMES = {  # of exported models: backend, precision and --winograd of ours
     "own framework fp32": ("paddle", "fp32", False),
     "ONNX Runtime fp32": ("onnxruntime", "fp32", False),
@@ -58,7 +59,10 @@ def parse_args() -> argparse.Namespace:
         help="a Python that has anomalib, if this one has not (%(default)s)",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=SECTIONS, help="parts to measure (all; with --quick all but model)"
+        "--only",
+        nargs="+",
+        choices=SECTIONS + LONG,
+        help=f"parts to measure (all; with --quick all but {', '.join(LONG)})",
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the results (%(default)s)")
     return parser.parse_args()
@@ -68,14 +72,18 @@ def main() -> None:
     args = parse_args()
     make_folder(args.output)
     plan = QUICK if args.quick else FULL
-    sections = args.only or SECTIONS[: -1 if args.quick else None]
+    sections = args.only or (SECTIONS if args.quick else SECTIONS + LONG)
     threads = args.threads or runtime.available_cores()
     contenders = make_contenders(args.threads, threads)
     python, no_anomalib = find_anomalib(args.anomalib_python)
     if python:
         contenders |= anomalib_contenders(python, threads)
-    runtimes, no_precision = find_runtimes() if "inference" in sections else ({}, None)
-    left_out = [reason for reason in (no_anomalib, no_precision) if reason]
+    runtimes, no_precision = find_runtimes() if {"inference", "paper"} & set(sections) else ({}, None)
+    no_ray = None
+    if "cluster" in sections and not importlib.util.find_spec("ray"):
+        sections = [name for name in sections if name != "cluster"]
+        no_ray = "Ray is not installed (pip install -r requirements-cluster.txt): its section is left out"
+    left_out = [reason for reason in (no_anomalib, no_precision, no_ray) if reason]
     for reason in left_out:
         note(reason)
     if os.environ.get(WEIGHTS):
@@ -100,15 +108,24 @@ def main() -> None:
         results["weights"] = "those of " + Path(os.environ[WEIGHTS]).name if os.environ.get(WEIGHTS) else "random"
 
         figures: list[Figure] = []
-        exported = functools.partial(inference_contenders, runtimes=runtimes, threads=threads, python=python)
-        for figure in measured(sections, contenders, plan, data, folder, threads, exported, python, results):
+
+        def keep(figure: Figure) -> None:
             figures.append(figure)
             medians = ", ".join(f"{name} {number(figure.median(name), figure.unit)}" for name in figure.samples)
             note(f"{figure.group}: {figure.title}: {medians}")
             results["figures"] = {figure.key: summary(figure) for figure in figures}
             results["goals"] = check_goals(figures)
             write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
-    results["others_share"] = others.share()
+
+        exported = functools.partial(inference_contenders, runtimes=runtimes, threads=threads, python=python)
+        for figure in measured(sections, contenders, plan, data, folder, threads, exported, python, results):
+            keep(figure)
+        results["others_share"] = others.share()  # Ray's processes are no children of this one
+        if "cluster" in sections:
+            with started({OURS: contenders[OURS]}) as workers:
+                model = measure.export(workers[OURS], folder / "cluster")
+            for figure in cluster.scoring(model, data / "bottle/train/good", *plan.scored, folder / "cluster"):
+                keep(figure)
     write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(args.output / "results.md", markdown(results))
 
@@ -160,6 +177,8 @@ def measured(
         yield from measure.tiles(plan, data, "bottle", folder)
     if "model" in sections:
         yield from measure.time_to_model(data, "bottle", folder, anomalib)
+    if "paper" in sections:
+        yield from measure.paper(exported_contenders, plan, folder / "paper")
 
 
 def make_contenders(asked: int | None, threads: int) -> dict[str, Contender]:

@@ -1,17 +1,33 @@
-"""Golden numbers of EfficientNet-Lite0 for the tests, by timm, of which ours has no line.
+"""Golden numbers of backbones for the tests, by timm, of which ours has no line.
 
-In an environment of its own with torch, timm and the package that holds the weights:
+In an environment of its own with torch and timm, for the first also the package that holds its weights:
 
-    python -m benchmarks.golden_features > tests/golden_efficientnet_lite0.json
+    python -m benchmarks.golden_features efficientnet_lite0 > tests/golden_efficientnet_lite0.json
+    python -m benchmarks.golden_features transformers > tests/golden_transformers.json
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
 SIZES = ((64, 96), (75, 61))  # height, width of the pictures
+# By name: timm's name, how many tokens have embeddings of places beside the patches, and what is computed: after which
+# blocks, for which pictures. First a few blocks and small pictures, then the block that is used and the published size;
+# CaiT's block 40 would take the tests too long.
+TRANSFORMERS = {
+    "deit_base_distilled_patch16_384": (
+        "deit_base_distilled_patch16_384",
+        2,
+        (((0, 1), (96, 160)), ((7,), (384, 384))),
+    ),
+    "cait_m48_448": ("cait_m48_448", 0, (((0, 1), (96, 160)), ((2,), (448, 448)))),
+    "dinov2_vits14": ("vit_small_patch14_dinov2", 1, (((0, 1), (84, 140)), ((3, 7), (518, 518)))),
+    "dinov2_vits14_reg": ("vit_small_patch14_reg4_dinov2", 0, (((0, 1), (84, 140)), ((3, 7), (518, 518)))),
+}
 PLACES = 16  # of each feature map that are written down
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of normalised pictures
 
@@ -28,9 +44,19 @@ def drawn_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
             weights[name] = 0.1 * z
         elif z.ndim == 1:
             weights[name] = 1 + 0.1 * z
+        elif name.endswith(("_token", "pos_embed")):
+            weights[name] = z
         else:
             weights[name] = z * np.float32(np.sqrt(2 / np.prod(z.shape[1:])))
     return weights
+
+
+def with_depth(shapes: Mapping[str, Sequence[int]], depth: int) -> dict[str, Sequence[int]]:
+    """Those of a Vision Transformer with so many blocks, of those of one with a single block."""
+    first = "blocks.0."
+    blocks = {name.removeprefix(first): shape for name, shape in shapes.items() if name.startswith(first)}
+    others = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
+    return others | {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in blocks.items()}
 
 
 def drawn_pictures(height: int, width: int) -> np.ndarray:
@@ -51,12 +77,25 @@ def measured(maps: Sequence[np.ndarray]) -> list[dict[str, float | list[float]]]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Golden numbers of backbones, by timm.")
+    parser.add_argument("kind", choices=("efficientnet_lite0", "transformers"))
+    kind = parser.parse_args().kind
+
     import torch
 
     from benchmarks import torchvision_operators  # noqa: F401  (timm imports torchvision)
 
     # isort: split
     import timm
+
+    golden = efficientnet_lite0() if kind == "efficientnet_lite0" else transformers()
+    print(json.dumps({"timm": timm.__version__, "torch": torch.__version__, **golden}))
+
+
+def efficientnet_lite0() -> dict[str, Any]:
+    """With drawn weights and with those of the package."""
+    import timm
+    import torch
 
     whole = timm.create_model("tf_efficientnet_lite0").state_dict()
     model = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4)).eval()
@@ -73,7 +112,52 @@ def main() -> None:
             images = torch.from_numpy(((pixels * 255 - 127) / 128).transpose(0, 3, 1, 2).copy())
             with torch.no_grad():
                 features[kind][f"{height}x{width}"] = measured([x.numpy() for x in model(images)])
-    print(json.dumps({"timm": timm.__version__, "torch": torch.__version__, "shapes": shapes, "features": features}))
+    return {"shapes": shapes, "features": features}
+
+
+def transformers() -> dict[str, Any]:
+    """By name: shapes of the weights with one block, and what each case gives with weights that are drawn."""
+    import timm
+
+    golden = {}
+    for name, (theirs, placed, cases) in TRANSFORMERS.items():
+        one = timm.create_model(theirs, depth=1).state_dict()
+        shapes = {name: list(value.shape) for name, value in one.items()}
+        features = []
+        for blocks, size in cases:
+            weights = drawn_weights(with_depth(shapes, blocks[-1] + 1))
+            maps = transformer_features(theirs, weights, placed, blocks, drawn_pictures(*size))
+            features.append({"blocks": blocks, "size": size, "maps": measured(maps)})
+        golden[name] = {"shapes": shapes, "features": features}
+    return golden
+
+
+def transformer_features(
+    name: str, weights: Mapping[str, np.ndarray], placed: int, blocks: Sequence[int], images: np.ndarray
+) -> list[np.ndarray]:
+    """timm's features (B, C, h, w) after these blocks and the final norm.
+
+    Args:
+        name: timm's.
+        weights: of the model for pictures of the published size, with as many blocks as are needed.
+        placed: how many tokens have embeddings of places beside the patches.
+        blocks: counted from 0.
+        images: (B, 3, H, W), normalised.
+    """
+    import timm
+    import torch
+    from timm.layers import resample_abs_pos_embed
+
+    model = timm.create_model(name, depth=blocks[-1] + 1, img_size=images.shape[2:]).eval()
+    state = {name: torch.from_numpy(value) for name, value in weights.items()}
+    grid = model.patch_embed.grid_size
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=placed)
+    model.load_state_dict(state)
+    with torch.no_grad():
+        maps = model.forward_intermediates(
+            torch.from_numpy(images), indices=list(blocks), norm=True, intermediates_only=True
+        )
+    return [x.numpy() for x in maps]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from utils.config import load_config
 MODEL_PICTURES = 200  # good ones, that a model is made of
 SIDES = (512, 1024, 2048, 4096, 8192)
 SIZE = 256
+PAPER = ("resnet18", "wide_resnet50_2", "deit", "cait")  # configs/paper
 Name = TypeVar("Name", bound=Hashable)  # of a contender
 
 
@@ -43,12 +44,39 @@ class Plan:
     maps: tuple[int, ...]  # of an evaluation
     starts: int  # runs of each command
     cut: tuple[int, ...]  # sides of pictures that are cut into tiles
+    scored: tuple[int, tuple[int, int]]  # pictures that score.py scores; lengths of lists that its driver goes through
 
 
 FULL = Plan(
-    5, 3, 5, 15, 1.5, (8, 32), (128, 256, 384, 512), ((25, 10), (75, 30), (TRAIN, TEST)), 2, (20, 40, TEST), 5, SIDES
+    rounds=5,
+    slow_rounds=3,
+    graph_rounds=5,
+    exported_rounds=15,
+    turn=1.5,
+    batches=(8, 32),
+    sizes=(128, 256, 384, 512),
+    pictures=((25, 10), (75, 30), (TRAIN, TEST)),
+    epoch_rounds=2,
+    maps=(20, 40, TEST),
+    starts=5,
+    cut=SIDES,
+    scored=(10_000, (10_000, 1_000_000)),
 )
-QUICK = Plan(3, 1, 1, 3, 0.5, (8,), (64, 128), ((8, 4), (16, 8)), 1, (20, TEST), 1, SIDES[:2])
+QUICK = Plan(
+    rounds=3,
+    slow_rounds=1,
+    graph_rounds=1,
+    exported_rounds=3,
+    turn=0.5,
+    batches=(8,),
+    sizes=(64, 128),
+    pictures=((8, 4), (16, 8)),
+    epoch_rounds=1,
+    maps=(20, TEST),
+    starts=1,
+    cut=SIDES[:2],
+    scored=(200, (1000, 20_000)),
+)
 
 
 @contextmanager
@@ -132,11 +160,11 @@ def forward_passes(workers: Mapping[str, Worker], plan: Plan) -> Iterator[Figure
             yield Figure(f"throughput/{batch}", group, f"throughput, batch {batch}", "images/s", rates)
 
 
-def export(worker: Worker, folder: Path) -> Path:
-    """The exported folder, in every format, of the model in this worker; `folder` is where it is written."""
+def export(worker: Worker, folder: Path, config: str = "configs/resnet18.yaml") -> Path:
+    """The exported folder, in every format, of this worker's model, made by the config; `folder` is its parent."""
     worker.ask_once("save", file=str(folder / "results/inference/bottle/best.pdparams"))
     target = folder / "exported"
-    command = [sys.executable, str(ROOT / "deploy/export_model.py"), "-cfg", str(ROOT / "configs/resnet18.yaml")]
+    command = [sys.executable, str(ROOT / "deploy/export_model.py"), "-cfg", str(ROOT / config)]
     command += ["-cat", "bottle", "--exp_dir", "inference", "--format", "all", "--save_inference_dir", str(target)]
     run_command(command, folder)
     return target
@@ -369,6 +397,38 @@ def time_to_model(data: Path, category: str, folder: Path, anomalib: str | None)
             samples[ANOMALIB] = [time.perf_counter() - begun]
             title += f"; anomalib: {said['epochs']} epochs, {said['steps']} steps"
         yield Figure(key, group, title, "s", samples)
+
+
+def paper(
+    exported_contenders: Callable[[Path], dict[tuple[str, str], Contender]], plan: Plan, folder: Path
+) -> Iterator[Figure]:
+    """The rows of the paper's table: a training step of 8 pictures, its memory, and one picture in each runtime.
+
+    Args:
+        exported_contenders: makes those of the exported model in a folder.
+        plan: how long a turn is; there is one.
+        folder: where the models are exported to.
+    """
+    for name in PAPER:
+        config, group = f"configs/paper/{name}.yaml", "The paper's configurations"
+        size = load_config(ROOT / config).size[0]
+        with started({OURS: Contender(OURS, config, ("ours", config))}) as workers:
+            worker = workers[OURS]
+            step = worker.ask("step", size=size, batch=8, backbone=False, seconds=plan.turn)
+            yield Figure(
+                f"paper/{name}/step", group, f"{name}: step, batch 8, features cached", "s", {OURS: step["passes"]}
+            )
+            peak = {OURS: [float(worker.ask_once("peak"))]}
+            yield Figure(f"paper/{name}/memory", group, f"{name}: peak memory, batch 8", "bytes", peak)
+            exported = export(worker, folder / name, config)
+        for (runtime, who), contender in exported_contenders(exported).items():
+            if who == OURS:
+                with started({OURS: contender}) as workers:
+                    workers[OURS].ask_once("forward", size=size, batch=1, seconds=0)
+                    samples = workers[OURS].ask("forward", size=size, batch=1, seconds=plan.turn)
+                title = f"{name}: {runtime}, one picture"
+                yield Figure(f"paper/{name}/{runtime}", group, title, "s", {OURS: samples})
+        shutil.rmtree(folder / name)  # gigabytes
 
 
 def _few_of_the_graph(plan: Plan) -> dict[str, int]:

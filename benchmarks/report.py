@@ -76,12 +76,23 @@ GOALS = (
     Goal("evaluation of 83 maps: at most 1/10 of the published way's", "evaluation/83", 1 / 10, TUNED),
     Goal("200 pictures, from the command to the exported model: at most 180 s", "model", 180),
     Goal("peak memory of a bottle training: at most 3 GB", "memory/train.py", 3e9),
+    Goal("peak memory of a step of configs/paper/deit.yaml, batch 8: at most 6 GB", "paper/deit/memory", 6e9),
     Goal(
         "cold start of deploy/infer.py on one picture: at most 1.3 of `import paddle`",
         "start/infer",
         1.3,
         OURS,
         "start/paddle",
+    ),
+    Goal(
+        "deploy/score.py, one actor: at least 0.9 of the pictures a second of deploy/infer.py",
+        "scoring/infer",
+        1 / 0.9,
+        OURS,
+        "scoring/actors1",
+    ),
+    Goal(
+        "memory of its driver, the long list: at most 1.5 of the short one", "memory/list1", 1.5, OURS, "memory/list0"
     ),
 )
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.inputs import ROOT
-from benchmarks.report import ANOMALIB_NARROW, CONTENDERS, number
+from benchmarks.measure import PAPER
+from benchmarks.report import ANOMALIB_NARROW, CONTENDERS, OURS, number
 from deploy.common.cli import UserError, run_main
 from deploy.common.files import write_text
 
@@ -18,6 +19,8 @@ PAGES = {  # that hold tables, with their language
     "README_en.md": "en",
     "docs/zh/accuracy.md": "zh",
     "docs/en/accuracy.md": "en",
+    "docs/zh/backbones.md": "zh",
+    "docs/en/backbones.md": "en",
     "benchmarks/README.md": "en",
 }
 BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
@@ -105,6 +108,7 @@ def with_tables(text: str, language: str) -> str:
         "exported": (exported, "avx2/results.json"),
         "accuracy": (accuracy, "accuracy.json"),
         "fall": (fall, "accuracy.json"),
+        "paper": (paper, "paper/results.json"),
     }
 
     def table(match: re.Match) -> str:
@@ -152,6 +156,30 @@ def exported(results: dict[str, Any], language: str) -> list[str]:
     return _medians(results, EXPORTED, language)
 
 
+def paper(results: dict[str, Any], language: str) -> list[str]:
+    """A row a configuration of the paper: a training step, its memory, and a picture in each runtime.
+
+    Args:
+        results: the content of a results.json.
+    """
+    titles = {
+        "en": ("config", "training step, batch 8, features cached", "its peak memory", "one picture: "),
+        "zh": ("配置", "训练一步，批大小 8，已有特征", "其内存峰值", "一张图片："),
+    }[language]
+    runtimes = {
+        "own framework fp32": "Paddle Inference",
+        "ONNX Runtime fp32": "ONNX Runtime",
+        "OpenVINO fp32": "OpenVINO",
+    }
+    heads = [*titles[:3], *(titles[3] + name for name in runtimes.values())]
+    lines = [f"| {' | '.join(heads)} |", "| :-- |" + " --: |" * (len(heads) - 1)]
+    for name in PAPER:
+        figures = [results["figures"][f"paper/{name}/{what}"] for what in ("step", "memory", *runtimes)]
+        cells = [number(figure["results"][OURS]["median"], figure["unit"]) for figure in figures]
+        lines.append(f"| `paper/{name}.yaml` | {' | '.join(cells)} |")
+    return [*lines, "", _where(results, language)]
+
+
 def _medians(
     results: dict[str, Any], rows: Sequence[tuple[str, str]], language: str, leave_out: str | None = None
 ) -> list[str]:
@@ -171,13 +199,17 @@ def _medians(
             for name, _ in columns
         ]
         lines.append(f"| {text} | {' | '.join(cells)} |")
+    return [*lines, "", _where(results, language)]
+
+
+def _where(results: dict[str, Any], language: str) -> str:
+    """When, where and with what the figures of a results.json were measured."""
     machine, paddle, threads = results["machine"]["cpu"], results["versions"]["paddlepaddle"], results["threads"]
-    note = {
+    return {
         "en": f"Medians of {results['date']}, {machine}, {threads} threads, PaddlePaddle {paddle}; "
         "float32 unless it says otherwise.",
         "zh": f"中位数，{results['date']}，{machine}，{threads} 个线程，PaddlePaddle {paddle}，未注明的都是 float32。",
-    }
-    return [*lines, "", note[language]]
+    }[language]
 
 
 def accuracy(results: dict[str, Any], language: str) -> list[str]:

@@ -20,7 +20,7 @@ def make(kind: str, arguments: list[str]) -> Any:
         chosen = runtime.import_paddle()
         from benchmarks.contenders.ours import Ours
 
-        return Ours(chosen)
+        return Ours(chosen, *arguments)
     if kind == "published":
         from benchmarks.contenders.published import Published
 

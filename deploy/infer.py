@@ -138,27 +138,20 @@ def load(args: argparse.Namespace, usual_batches: Collection[int]) -> "Detector"
     from deploy.common.imaging import PUBLISHED_RULE
     from deploy.detector import Detector
 
-    detector = Detector(
-        args.save_inference_dir,
-        args.backend,
-        batch_size=args.batch_size,
-        image_threshold=args.image_threshold,
-        pixel_threshold=args.pixel_threshold,
-        min_area=args.min_area,
-        precision=args.precision,
-        cpu_threads=args.cpu_threads,
-        use_gpu=args.use_gpu,
-        use_mkldnn=args.use_mkldnn,
-        use_tensorrt=args.use_tensorrt,
-        winograd=args.winograd,
-        usual_batches=usual_batches,
-        verbose=args.verbose,
-    )
+    options = detector_options(args)
+    detector = Detector(args.save_inference_dir, **options, usual_batches=usual_batches, verbose=args.verbose)
     detector.thresholds.warn_where_nothing_is_above()
     if detector.stored.rule != PUBLISHED_RULE and None in (args.image_threshold, args.pixel_threshold):
         file = sys.stderr if args.watch else sys.stdout  # where lines of JSON are told, nothing else is
         print(f"thresholds: {detector.thresholds.describe()}; {detector.folder / 'inference.yml'}", file=file)
     return detector
+
+
+def detector_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the `Detector` that the command line names, but for what belongs to one process."""
+    names = ("backend", "batch_size", "image_threshold", "pixel_threshold", "min_area", "precision", "cpu_threads")
+    names += ("use_gpu", "use_mkldnn", "use_tensorrt", "winograd")
+    return {name: getattr(args, name) for name in names}
 
 
 def warm_up(detector: "Detector", runs: int, sizes: Collection[int]) -> None:

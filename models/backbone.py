@@ -2,15 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import paddle
 from paddle import Tensor, nn
 from paddle.vision import models as vision
 
 from deploy.common.cli import UserError
+from models import cait
+from models.cait import CAIT_M48_448
 from models.cpu.features import features
 from models.cpu.resnet import ResNetProgram
 from models.efficientnet import BLOCKS, LEVELS, EfficientNetLite0Features, own_name
+from models.vit import (
+    DEIT_BASE_DISTILLED_384,
+    DINOV2_S,
+    DINOV2_S_REGISTERS,
+    Architecture,
+    TransformerFeatures,
+    own_arrays,
+)
 
 
 @dataclass(frozen=True)
@@ -33,27 +44,37 @@ class Package:
 class Backbone:
     """What stands behind a `backbone_name`.
 
-    build: makes the layer for some of `levels`. It maps normalised images (B, 3, H, W) to a list of their feature maps
-        (B, C, h, w), C even; any h and w will do. What is not needed for them should not be built. `build_backbone`
-        freezes it.
-    levels: input size / size of each feature map that there is, finest first.
+    build: makes the layer for some of `levels`; with `patch` for a height and width of pictures, too, or None. It maps
+        normalised images (B, 3, H, W) to a list of their feature maps (B, C, h, w), C even; any h and w will do. What
+        is not needed for them should not be built. `build_backbone` freezes it.
+    levels: input size / size of each feature map that there is, finest first; with `patch` the numbers of the blocks
+        after which there is one.
     usual: those that are used where the config does not say; None: all.
     weights: address and MD5 of the official file of weights, with the layer's parameter names; None if there is none.
     package: a package of the Python index that holds weights; None if there is none.
     left_out: what names in weight files may start with where the layer has no such part.
     own_name: what the layer calls a parameter that has this name in weight files of others.
+    own_arrays: what the layer has in the place of such arrays, by the names of `own_name`.
+    patch: side of a Vision Transformer's patches, which the sides of the pictures are multiples of; None: it has none.
     """
 
-    build: Callable[[Sequence[int]], nn.Layer]
+    build: Callable[..., nn.Layer]
     levels: tuple[int, ...]
     usual: tuple[int, ...] | None = None
     weights: tuple[str, str] | None = None
     package: Package | None = None
     left_out: tuple[str, ...] = ()
     own_name: Callable[[str], str] = str
+    own_arrays: Callable[[nn.Layer, dict[str, Any]], dict[str, Any]] = lambda _, weights: weights
+    patch: int | None = None
 
     @property
-    def scales(self) -> tuple[int, ...]:
+    def key(self) -> str:
+        """The key of the config that chooses among `levels`."""
+        return "blocks" if self.patch else "scales"
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
         """Those of `levels` that are used where the config does not say."""
         return self.usual or self.levels
 
@@ -126,6 +147,26 @@ EFFICIENTNET_LITE0 = Backbone(
 )
 
 
+def transformer(kind: Architecture, block: int, own_name: Callable[[str], str] = str) -> Backbone:
+    """A Vision Transformer; after which block its features are taken where the config does not say."""
+    return Backbone(
+        build=lambda blocks, size: TransformerFeatures(kind, blocks, size),
+        levels=tuple(range(kind.depth)),
+        usual=(block,),
+        left_out=(
+            *(f"blocks.{i}." for i in range(kind.depth)),
+            "head.",
+            "head_dist.",
+            "mask_token",
+            "cls_token",  # CaiT's, which comes with the blocks of the next line
+            "blocks_token_only.",
+        ),
+        own_name=own_name,
+        own_arrays=own_arrays,
+        patch=kind.patch,
+    )
+
+
 # docs/en/development.md shows how to add one.
 BACKBONES: dict[str, Backbone] = {
     "resnet18": resnet("resnet18"),
@@ -133,6 +174,10 @@ BACKBONES: dict[str, Backbone] = {
     "resnet50": resnet("resnet50"),
     "wide_resnet50_2": resnet("wide_resnet50_2"),
     "efficientnet_lite0": EFFICIENTNET_LITE0,
+    "deit_base_distilled_patch16_384": transformer(DEIT_BASE_DISTILLED_384, block=7),
+    "cait_m48_448": transformer(CAIT_M48_448, block=40, own_name=cait.own_name),
+    "dinov2_vits14": transformer(DINOV2_S, block=7),
+    "dinov2_vits14_reg": transformer(DINOV2_S_REGISTERS, block=7),
 }
 
 
@@ -147,23 +192,41 @@ def find_backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
-def build_backbone(name: str, scales: Sequence[int] | None = None) -> nn.Layer:
+def build_backbone(
+    name: str,
+    scales: Sequence[int] | None = None,
+    blocks: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+) -> nn.Layer:
     """The layer, frozen: in eval mode and without gradients; `FastFlow.train` keeps it there.
 
     Args:
         name: of the registry's entry.
         scales: of the feature maps that it makes, finest first; None: the usual ones.
+        blocks: of a Vision Transformer in their place: after which there are feature maps, rising.
+        size: height and width of the pictures, in pixels; None: those that a Vision Transformer was trained on. Others
+            take pictures of any size.
 
     Raises:
-        UserError: no such backbone, or it has no such feature maps.
+        UserError: no such backbone, or it has no such feature maps, or does not take such pictures.
     """
     entry = find_backbone(name)
-    scales = entry.scales if scales is None else tuple(scales)
-    if not scales or scales != tuple(level for level in entry.levels if level in scales):
+    chosen, other, unknown = (blocks, scales, "scales") if entry.patch else (scales, blocks, "blocks")
+    if other is not None:
         raise UserError(
-            f"config: scales must be some of {list(entry.levels)} with {name}, in this order, not {list(scales)}"
+            f"config: {unknown} mean nothing with {name}, whose feature maps are chosen by {entry.key}; leave them out "
+            f"(-o {unknown}=null)"
         )
-    backbone = entry.build(scales)
+    levels = entry.chosen if chosen is None else tuple(chosen)
+    if not levels or levels != tuple(level for level in entry.levels if level in levels):
+        known = f"0 to {entry.levels[-1]}" if entry.patch else list(entry.levels)
+        raise UserError(f"config: {entry.key} must be some of {known} with {name}, in this order, not {list(levels)}")
+    if entry.patch and size and any(side % entry.patch for side in size):
+        sides = " x ".join(map(str, size))
+        raise UserError(
+            f"config: the sides of input_size, or of tile, must be multiples of {entry.patch} with {name}, not {sides}"
+        )
+    backbone = entry.build(levels, size) if entry.patch else entry.build(levels)
     for parameter in backbone.parameters():
         parameter.stop_gradient = True  # so nothing is recorded of a pass over pictures
     backbone.eval()
@@ -172,5 +235,10 @@ def build_backbone(name: str, scales: Sequence[int] | None = None) -> nn.Layer:
 
 @paddle.no_grad()
 def feature_shapes(backbone: nn.Layer, size: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """(C, h, w) of the feature maps of a picture of this height and width, by a pass over an empty one."""
+    """(C, h, w) of the feature maps of a picture of this height and width, by a pass over an empty one.
+
+    A Vision Transformer says it itself, for a pass of CaiT takes seconds.
+    """
+    if isinstance(backbone, TransformerFeatures):
+        return backbone.shapes
     return [tuple(x.shape[1:]) for x in backbone(paddle.zeros([1, 3, *size]))]

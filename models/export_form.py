@@ -80,17 +80,19 @@ class _Couplings(nn.Layer):
     def __init__(self, step: FlowStep) -> None:
         super().__init__()
         self.clamp = step.clamp
-        conv1, _, conv2 = step.subnet
         half = step.global_scale.shape[1] // 2
-        convolutions = (
-            (conv1.weight.detach(), conv1.bias),
-            ((0.2 * conv2.weight[:half]).detach(), 0.2 * conv2.bias[:half]),
-            ((0.1 * conv2.weight[half:]).detach(), 0.1 * conv2.bias[half:]),
-        )
-        # Both couplings have the same weights, and biases of their own: OpenVINO adds a bias within the convolution
-        # only where nothing else reads it.
+        convolutions = [
+            (
+                (conv1.weight.detach(), conv1.bias),
+                ((0.2 * conv2.weight[:half]).detach(), 0.2 * conv2.bias[:half]),
+                ((0.1 * conv2.weight[half:]).detach(), 0.1 * conv2.bias[half:]),
+            )
+            for conv1, _, conv2 in step.subnets
+        ]
+        # Couplings with the same weights have biases of their own: OpenVINO adds a bias within the convolution only
+        # where nothing else reads it.
         self.subnets = nn.LayerList(
-            [nn.LayerList([_Convolution(w, b.clone()) for w, b in convolutions]) for _ in range(2)]
+            [nn.LayerList([_Convolution(w, b.clone()) for w, b in convolutions[i]]) for i in (0, -1)]
         )
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from paddle import Tensor, nn
 
 from deploy.common.cli import UserError
 from deploy.common.tiles import SMOOTHING_SIGMA
-from models.backbone import build_backbone, feature_shapes
+from models.backbone import build_backbone, feature_shapes, find_backbone
 from models.cpu import flow as cpu_flow
 from models.linear_maps import bilinear_matrix, gaussian_matrix
 
@@ -33,41 +33,61 @@ class Subnet(nn.Sequential):
 
 
 class FlowStep(nn.Layer):
-    """Two affine couplings that share one subnet, a scale and offset per channel, and a fixed permutation.
+    """Two affine couplings, a scale and offset per channel, and a fixed permutation.
 
     On x = [x1, x2], split in the middle of the channels (the paper's 2D flow; RealNVP's affine coupling):
 
         [a, t] = 0.1 subnet(x1),  s = clamp tanh(a),  y2 = x2 exp(s) + t
-        [a, t] = 0.1 subnet(y2),  s = clamp tanh(a),  y1 = x1 exp(s) + t
+        [a, t] = 0.1 subnet_2(y2),  s = clamp tanh(a),  y1 = x1 exp(s) + t
         y = permute([y1, y2] global_scale + global_offset)
 
     log |det dy/dx| = sum of both s over channels and pixels + H W sum(log global_scale).
-    The factor 0.1 and the tanh clamp are those of FrEIA's AllInOneBlock, from which the published model comes.
+    The factor 0.1 and the tanh clamp are those of FrEIA's AllInOneBlock, from which the published model comes. There
+    subnet_2 is subnet, though its files hold another one; the paper has two.
     """
 
-    def __init__(self, channels: int, kernel: int, hidden_ratio: float, clamp: float, permutation: np.ndarray) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        hidden_ratio: float,
+        clamp: float,
+        permutation: np.ndarray,
+        share_subnet: bool = True,
+        subnet_gain: float = 1.0,
+    ) -> None:
         super().__init__()
         half, hidden = channels // 2, _hidden(channels, hidden_ratio)
         self.clamp = clamp
-        self.subnet = Subnet(
-            nn.Conv2D(half, hidden, kernel, padding="same"),
-            nn.ReLU(),
-            nn.Conv2D(hidden, channels, kernel, padding="same"),
-        )
+        for name in ("subnet",) if share_subnet else ("subnet", "subnet_2"):
+            subnet = Subnet(
+                nn.Conv2D(half, hidden, kernel, padding="same"),
+                nn.ReLU(),
+                nn.Conv2D(hidden, channels, kernel, padding="same"),
+            )
+            for conv in (subnet[0], subnet[2]):
+                conv.weight.set_value(subnet_gain * conv.weight)
+            setattr(self, name, subnet)
         one, zero = nn.initializer.Constant(1.0), nn.initializer.Constant(0.0)
         self.global_scale = self.create_parameter([1, channels, 1, 1], default_initializer=one)
         self.global_offset = self.create_parameter([1, channels, 1, 1], default_initializer=zero)
         # y[:, i] = x[:, permutation[i]]
         self.register_buffer("permutation", paddle.to_tensor(permutation, "int64"), persistable=False)
 
+    @property
+    def subnets(self) -> list[Subnet]:
+        """The one that both couplings share, or that of the first and that of the second."""
+        return [self.subnet, self.subnet_2] if hasattr(self, "subnet_2") else [self.subnet]
+
     def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> y (B, C, H, W), log-det (B); where places are `kept` (see `FastFlow.latents`) theirs alone.
 
         The determinant is that of the coupling at each place, so the sum over some places is what these contribute.
         """
+        first, second = self.subnets[0], self.subnets[-1]
         x1, x2 = paddle.split(x, 2, axis=1)  # (B, C/2, H, W)
-        x2, log_det2 = self._couple(x1, x2, kept)
-        x1, log_det1 = self._couple(x2, x1, kept)
+        x2, log_det2 = self._couple(first, x1, x2, kept)
+        x1, log_det1 = self._couple(second, x2, x1, kept)
         y = paddle.concat([x1, x2], axis=1) * self.global_scale + self.global_offset
         pixels = float(x.shape[2] * x.shape[3]) if kept is None else kept.sum(axis=[1, 2, 3])
         log_det = log_det1 + log_det2 + pixels * paddle.log(self.global_scale).sum()
@@ -77,18 +97,18 @@ class FlowStep(nn.Layer):
         """The x that `forward` maps to y, (B, C, H, W)."""
         x = paddle.index_select(y, paddle.argsort(self.permutation), axis=1)
         x1, x2 = paddle.split((x - self.global_offset) / self.global_scale, 2, axis=1)
-        s, t = self._scale_shift(x2)
+        s, t = self._scale_shift(self.subnets[-1], x2)
         x1 = (x1 - t) * paddle.exp(-s)
-        s, t = self._scale_shift(x1)
+        s, t = self._scale_shift(self.subnets[0], x1)
         x2 = (x2 - t) * paddle.exp(-s)
         return paddle.concat([x1, x2], axis=1)
 
-    def _couple(self, condition: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        s, t = self._scale_shift(condition)
+    def _couple(self, subnet: Subnet, condition: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        s, t = self._scale_shift(subnet, condition)
         return x * paddle.exp(s) + t, (s if kept is None else s * kept).sum(axis=[1, 2, 3])
 
-    def _scale_shift(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = paddle.split(0.1 * self.subnet(condition), 2, axis=1)
+    def _scale_shift(self, subnet: Subnet, condition: Tensor) -> tuple[Tensor, Tensor]:
+        a, t = paddle.split(0.1 * subnet(condition), 2, axis=1)
         return self.clamp * paddle.tanh(a), t
 
 
@@ -98,9 +118,10 @@ class Flow(nn.Layer):
     def __init__(self, channels: int, config: "Config", random: np.random.Generator) -> None:
         super().__init__()
         self.module_list = nn.LayerList()
+        start = {"share_subnet": config.share_subnet, "subnet_gain": config.subnet_gain}
         for kernel in _kernels(config):
             permutation = random.permutation(channels)
-            self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation))
+            self.module_list.append(FlowStep(channels, kernel, config.hidden_ratio, config.clamp, permutation, **start))
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> z (B, C, H, W), log-det (B); `_plain` says what is computed, `models.cpu` how on a CPU.
@@ -196,7 +217,7 @@ class FastFlow(nn.Layer):
         super().__init__()
         self.config = config
         random = np.random.default_rng(config.seed)
-        self.feature_extractor = build_backbone(config.backbone_name, config.scales)
+        self.feature_extractor = build_backbone(config.backbone_name, config.scales, config.blocks, config.size)
         shapes = feature_shapes(self.feature_extractor, config.size)  # (C, h, w) per scale
         channels = [c for c, _, _ in shapes]
         _check_channels(channels, config)
@@ -300,7 +321,7 @@ def _kernels(config: "Config") -> list[int]:
 
 def _flow_numbers(channels: Sequence[int], config: "Config") -> int:
     """How many numbers the convolutions of the flows on maps of so many channels have."""
-    areas = sum(kernel**2 for kernel in _kernels(config))
+    areas = sum(kernel**2 for kernel in _kernels(config)) * (1 if config.share_subnet else 2)
     return areas * sum(_hidden(c, config.hidden_ratio) * (c // 2 + c) for c in channels)
 
 
@@ -309,8 +330,8 @@ def _check_channels(channels: Sequence[int], config: "Config") -> None:
     name = config.backbone_name
     if config.channels not in (None, channels):
         raise UserError(
-            f"config: channels must be {channels} with {name} and these scales, not {config.channels}; leave them out "
-            "(-o channels=null)"
+            f"config: channels must be {channels} with {name} and these {find_backbone(name).key}, not "
+            f"{config.channels}; leave them out (-o channels=null)"
         )
     if any(c % 2 for c in channels):
         raise UserError(f"backbone {name}: has {channels} channels, and a flow needs an even number")

@@ -1,6 +1,6 @@
-"""Bilinear resize and Gaussian smoothing as matrices.
+"""Bilinear and bicubic resize and Gaussian smoothing as matrices.
 
-Both are linear and separable: out = A x B^T with a fixed matrix per axis. Two matmuls run on every device and
+All are linear and separable: out = A x B^T with a fixed matrix per axis. Two matmuls run on every device and
 in every inference runtime, and are exact where a framework's own operator differs or is missing.
 """
 
@@ -18,6 +18,20 @@ def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     if size_in > 1:
         matrix[rows, left + 1] = weight
     return matrix.astype(np.float32)
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """(size_out, size_in) float32: bicubic interpolation of one axis, without aliases where it gets smaller.
+
+    Keys' kernel with a = -0.5 (doi 10.1109/TASSP.1981.1163711), as wide as what it gets smaller by, as in Pillow, and
+    in torch's `interpolate(mode="bicubic", antialias=True)`.
+    """
+    ratio = size_in / size_out
+    centre = (np.arange(size_out) + 0.5) * ratio
+    x = np.abs(np.arange(size_in) + 0.5 - centre[:, None]) / max(ratio, 1)
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    matrix = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def gaussian_matrix(size: int, sigma: float, truncate: float = 4.0) -> np.ndarray:

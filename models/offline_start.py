@@ -16,6 +16,8 @@ def calibrated_start(backbone: nn.Layer, images: np.ndarray, seed: int) -> None:
     so neighbouring taps agree. White noise kernels (He) pass on the pixels' noise, which a flow cannot predict;
     zero-mean and whitened filters do so even more, and were worse still at finding defects.
 
+    Linear layers: white noise of variance 1 / fan_in.
+
     BatchNorm: weight 1, bias 0, and for each channel the mean and variance of what the convolution before it gives
     on the images,
 
@@ -28,7 +30,8 @@ def calibrated_start(backbone: nn.Layer, images: np.ndarray, seed: int) -> None:
     The same backbone, images and seed give the same weights on the same machine.
 
     Args:
-        backbone: any network of Conv2D and BatchNorm2D that takes (B, 3, H, W). Set in place and left in eval mode.
+        backbone: any network of Conv2D, Linear and BatchNorm2D that takes (B, 3, H, W). Set in place and left in eval
+            mode.
         images: (N, 3, H, W) float32, normalised; 16 are plenty.
         seed: of the filters.
     """
@@ -37,13 +40,17 @@ def calibrated_start(backbone: nn.Layer, images: np.ndarray, seed: int) -> None:
     for layer in backbone.sublayers():
         if isinstance(layer, nn.Conv2D):
             layer.weight.set_value(_smooth_filters(rng, layer.weight.shape))
+        elif isinstance(layer, nn.Linear):
+            inputs, _ = layer.weight.shape
+            layer.weight.set_value(rng.standard_normal(layer.weight.shape, np.float32) / np.float32(inputs**0.5))
         elif isinstance(layer, nn.BatchNorm2D):
             layer.weight.set_value(paddle.ones_like(layer.weight))
             layer.bias.set_value(paddle.zeros_like(layer.bias))
             hooks.append(layer.register_forward_pre_hook(_take_statistics))
     backbone.eval()
     try:
-        backbone(paddle.to_tensor(images))
+        if hooks:
+            backbone(paddle.to_tensor(images))
     finally:
         for hook in hooks:
             hook.remove()

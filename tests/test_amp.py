@@ -82,7 +82,9 @@ def rounding_subnet(subnet, x):
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("changes", [{}, {"channels": 64}, {"channels": 20}, {"conv3x3_only": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"channels": 64}, {"channels": 20}, {"conv3x3_only": False}, {"share_subnet": False}]
+)
 def test_bfloat16_rounds_what_goes_into_convolutions_and_nothing_else(config, random, monkeypatch, changes):  # noqa: F811
     flow = make_flow(config, random, **changes)
     x = tensor(random, 5, flow.module_list[0].global_scale.shape[1], 6, 10)

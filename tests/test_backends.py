@@ -137,7 +137,9 @@ def test_the_exported_form_computes_what_the_model_computes(model):
         np.testing.assert_allclose(actual.numpy(), result, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [["flow_step=1"], ["use_norm=False"], ["conv3x3_only=False", "flow_step=3"]])
+@pytest.mark.parametrize(
+    "change", [["flow_step=1"], ["use_norm=False"], ["conv3x3_only=False", "flow_step=3"], ["share_subnet=False"]]
+)
 @paddle.no_grad()
 def test_every_form_of_the_model_is_exported_exactly(change):
     model = FastFlow(load_config(ROOT / "configs/resnet18.yaml", [*TINY, *change]))
@@ -167,22 +169,30 @@ def test_paddle_without_onednn_agrees_too(model, exported):
     check(model, load_exported(exported / "model", "paddle", Options(threads=1, use_mkldnn=False)))
 
 
-@pytest.fixture(scope="module")
-def efficientnet(tmp_path_factory):
-    """EfficientNet-Lite0 for pictures of odd sides, whose padding is uneven; and the folder of its export."""
-    overrides = ["input_size=[75,101]", "backbone_name=efficientnet_lite0", "channels=null", "scales=[4,8,16,32]"]
-    model = seeded_model([*TINY, *overrides], batch(8, (75, 101)), calibrated=True)
+OTHERS = {  # sides of the pictures, settings
+    "efficientnet_lite0": ((75, 101), ["scales=[4,8,16,32]"]),  # odd sides, whose padding is uneven
+    "dinov2_vits14": ((56, 84), ["scales=null", "blocks=[0,2]", "share_subnet=False"]),
+    "cait_m48_448": ((64, 96), ["scales=null", "blocks=[0]"]),
+}
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def other(request, tmp_path_factory):
+    """A model with another backbone, and the folder of its export."""
+    (height, width), settings = OTHERS[request.param]
+    overrides = [f"input_size=[{height},{width}]", f"backbone_name={request.param}", "channels=null", *settings]
+    model = seeded_model([*TINY, *overrides], batch(8, (height, width)), calibrated=True)
     options = [word for override in overrides for word in ("-o", override)]
-    return model, checkpoint_and_export(model, tmp_path_factory.mktemp("efficientnet"), *options)
+    return model, checkpoint_and_export(model, tmp_path_factory.mktemp(request.param), *options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_agrees_with_efficientnet_too(efficientnet, backend):
-    model, folder = efficientnet
+def test_a_backend_agrees_with_other_backbones_too(other, backend):
+    model, folder = other
     loaded = load_exported(folder / "model", backend, Options(threads=1))
     for count in (1, 3):
-        images = batch(count, (75, 101))
+        images = batch(count, model.config.size)
         results = expected(model, images)
         assert ((results[2] > 0.1) & (results[2] < 0.999)).all()
         for actual, result in zip(loaded.run(images), results, strict=True):

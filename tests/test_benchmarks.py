@@ -23,7 +23,7 @@ from benchmarks.__main__ import (
     make_contenders,
 )
 from benchmarks.inputs import random_images, random_maps, spread, write_bottle
-from benchmarks.measure import QUICK, export, inference, interleaved, same_losses
+from benchmarks.measure import QUICK, export, inference, interleaved, paper, same_losses
 from benchmarks.plots import draw_curves
 from benchmarks.processes import Contender, OtherProcesses, Worker, run_command
 from benchmarks.published import ListEvaluation, PublishedFastFlow
@@ -151,6 +151,23 @@ def test_exported_models_are_measured(tmp_path, monkeypatch):
     )
     assert 0 < single < batch
     assert rate == pytest.approx(8 / batch)
+
+
+@pytest.mark.slow
+@needs_converter("openvino")
+def test_the_papers_rows_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "DISTURBED", 1)  # other tests run beside it
+    monkeypatch.setattr(measure_module, "PAPER", ("resnet18",))
+    runtimes = {"OpenVINO fp32": RUNTIMES["OpenVINO fp32"]}
+
+    def contenders(folder):
+        return inference_contenders(folder, runtimes, 1, None)
+
+    figures = {figure.key: figure.median(OURS) for figure in paper(contenders, replace(QUICK, turn=0.0), tmp_path)}
+    assert list(figures) == [f"paper/resnet18/{what}" for what in ("step", "memory", "OpenVINO fp32")]
+    assert 0 < figures["paper/resnet18/OpenVINO fp32"] < figures["paper/resnet18/step"]
+    assert 0.1e9 < figures["paper/resnet18/memory"] < 3e9
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_cannot_start_is_a_user_error():

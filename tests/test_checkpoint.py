@@ -98,6 +98,29 @@ def test_the_dead_second_network_is_ignored(target, state):
     np.testing.assert_array_equal(published_state(target)["norms.0.weight"], state["norms.0.weight"])
 
 
+def test_a_second_network_that_is_used_is_kept_and_needed(config, state):
+    own = dataclasses.replace(config, share_subnet=False)
+    source, target = randomised(own, 3), randomised(own, 4)
+    both = published_state(source)
+    assert both.keys() - state.keys() == {name.replace("subnet.", "subnet_2.") for name in state if "subnet." in name}
+    set_published_state(target, both, "ours")
+    for name, value in published_state(target).items():
+        np.testing.assert_array_equal(value, both[name], err_msg=name)
+    with pytest.raises(UserError, match=r"subnet_2\.0\.weight is missing"):
+        set_published_state(target, state, "published")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_checkpoint_belongs_to_its_subnets(tmp_path, config, trained):
+    theirs = dataclasses.replace(config, share_subnet=trained)
+    content = {"epoch": 1, "model_state_dict": published_state(FastFlow(theirs)), "config": theirs.as_dict()}
+    save_checkpoint(tmp_path / "best.pdparams", content)
+    other = dataclasses.replace(config, share_subnet=not trained)
+    with pytest.raises(UserError, match=f"trained with share_subnet {trained}, the config says {not trained}"):
+        load_model(other, tmp_path / "best.pdparams")
+    assert load_model(other, tmp_path / "best.pdparams", [])[0].config.share_subnet == trained
+
+
 def test_tensors_and_other_floats_are_taken(target, state):
     changed = state | {"norms.0.weight": state["norms.0.weight"].astype(np.float64)}
     changed["norms.0.bias"] = paddle.to_tensor(state["norms.0.bias"])

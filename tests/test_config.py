@@ -153,7 +153,7 @@ def test_later_overrides_win_and_options_win_over_them():
 @pytest.mark.parametrize(
     ("overrides", "options", "steps", "epochs"),
     [
-        ([], {"epochs": None}, 300, 500),
+        ([], {"epochs": None}, 160, 500),
         (["steps=7"], {}, 7, 500),
         ([], {"epochs": 3}, None, 3),
         (["epochs=3"], {}, None, 3),
@@ -357,7 +357,8 @@ def test_every_key_has_a_meaning_in_both_languages():
 
 def test_what_each_key_decides():
     """--resume and a checkpoint's model go by it."""
-    assert set(keys_that_decide("model")) == {*NEEDED, "scales", "tile"} - {"momentum"}
+    model = {*NEEDED, "scales", "tile", "blocks", "share_subnet"} - {"momentum"}
+    assert set(keys_that_decide("model")) == model
     assert set(keys_that_decide("resume")) == {"selection", "holdout", "ema_decay"}
     steps = {"momentum", "seed", "batch_size", "lr", "lr_schedule", "weight_decay", "clip_norm", "feature_noise"}
     others = {

@@ -33,9 +33,9 @@ def perturbed(layer, seed=0):
     return layer
 
 
-def step(channels=4, kernel=3, clamp=2.0, hidden_ratio=1.06):
+def step(channels=4, kernel=3, clamp=2.0, hidden_ratio=1.06, **options):
     permutation = np.random.default_rng(3).permutation(channels)
-    return perturbed(FlowStep(channels, kernel, hidden_ratio, clamp, permutation))
+    return perturbed(FlowStep(channels, kernel, hidden_ratio, clamp, permutation, **options))
 
 
 def flow(channels=4, **overrides):
@@ -51,6 +51,8 @@ LAYERS = {
     "flow, 3x3": flow,
     "flow, 3x3 and 1x1": lambda: flow(conv3x3_only=False),
     "flow, 2 steps": lambda: flow(flow_step=2),
+    "step, a subnet each": lambda: step(share_subnet=False),
+    "flow, a subnet each": lambda: flow(share_subnet=False, conv3x3_only=False),
 }
 
 
@@ -104,18 +106,19 @@ def test_log_det_is_that_of_autograds_jacobian(layer):
         assert log_det[b].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_a_step_is_its_definition():
-    """Written out in numpy, the shared subnet taken from the layer."""
-    layer, x = step(), noise(2, 4, 3, 3)
+@pytest.mark.parametrize("share_subnet", [True, False])
+def test_a_step_is_its_definition(share_subnet):
+    """Written out in numpy, the subnets taken from the layer."""
+    layer, x = step(share_subnet=share_subnet), noise(2, 4, 3, 3)
 
-    def couple(condition, value):
-        a = 0.1 * layer.subnet(paddle.to_tensor(condition)).numpy()
+    def couple(subnet, condition, value):
+        a = 0.1 * subnet(paddle.to_tensor(condition)).numpy()
         s, t = 2.0 * np.tanh(a[:, :2]), a[:, 2:]
         return value * np.exp(s) + t
 
     x1, x2 = x.numpy()[:, :2], x.numpy()[:, 2:]
-    x2 = couple(x1, x2)
-    x1 = couple(x2, x1)
+    x2 = couple(layer.subnet, x1, x2)
+    x1 = couple(layer.subnet if share_subnet else layer.subnet_2, x2, x1)
     y = np.concatenate([x1, x2], axis=1) * layer.global_scale.numpy() + layer.global_offset.numpy()
     y = y[:, layer.permutation.numpy()]
     np.testing.assert_allclose(layer(x)[0].numpy(), y, rtol=1e-5, atol=1e-5)
@@ -154,6 +157,28 @@ def test_permutations_come_from_the_seed_and_differ(config):
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
     assert not np.array_equal(first[0], first[1])
     assert all(sorted(p) == list(range(len(p))) for p in first)
+
+
+def test_subnets_start_with_the_gain_times_the_published_start():
+    def start(gain):
+        paddle.seed(0)
+        return FlowStep(4, 3, 1.06, 2.0, np.arange(4), share_subnet=False, subnet_gain=gain).parameters()
+
+    for small, whole in zip(start(0.4), start(1.0), strict=True):
+        factor = 0.4 if "conv" in whole.name and whole.ndim == 4 else 1
+        np.testing.assert_allclose(small.numpy(), factor * whole.numpy(), rtol=1e-6)
+
+
+@paddle.no_grad()
+def test_twenty_couplings_of_the_papers_start_stay_small():
+    """Of features that are alike over the picture; with gain 1 their numbers grow to hundreds."""
+    x = noise(1, 768, 1, 1).expand([1, 768, 6, 6])
+    largest = {}
+    for gain in (0.4, 1):
+        paddle.seed(0)
+        config = load_config("configs/paper/deit.yaml", [f"subnet_gain={gain}"])
+        largest[gain] = Flow(768, config, np.random.default_rng(0))(x)[0].abs().max().item()
+    assert largest[0.4] < 20 < 200 < largest[1]
 
 
 # ---- loss and scores
@@ -293,6 +318,10 @@ def test_sizes_that_no_stride_divides_work(height, width):
 
 
 # ---- what is trained and what is not
+
+
+def test_with_a_subnet_for_each_coupling_it_trains_what_the_published_code_reports(config):
+    assert FastFlow(dataclasses.replace(config, share_subnet=False)).trainable_parameters() == 4_896_728
 
 
 def test_the_published_model_trains_2450604_numbers(config):

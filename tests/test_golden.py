@@ -1,5 +1,6 @@
 """The published modules' own numbers, when FASTFLOW_REFERENCE_DIR points at them."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -100,6 +101,8 @@ def test_round_trip_of_the_published_names(model, config):
     layout = json.loads((Path(FOLDER) / "checkpoint_layout.json").read_text())
     published = {name: shape for name, shape in layout.items() if ".subnet_2." not in name}
     assert {name: list(value.shape) for name, value in state.items()} == published
+    both = published_state(FastFlow(dataclasses.replace(config, share_subnet=False)))
+    assert {name: list(value.shape) for name, value in both.items()} == layout
     other = FastFlow(config)
     set_published_state(other, state, "round trip")
     for name, value in published_state(other).items():

@@ -21,6 +21,7 @@ from utils.config import load_config
 from utils.pickles import load_pickle
 from utils.results import category_folder, describe_backbone
 from utils.thresholds import load_thresholds
+from utils.torch_files import MOST_BYTES
 from utils.weights import read_weights
 
 
@@ -203,7 +204,7 @@ def test_an_archive_that_unpacks_to_gigabytes_is_refused_before_it_does(tmp_path
     path = npz(tmp_path / "w.npz", **{"a.npy": npy(np.ones(2))})
     data = path.read_bytes()
     central = data.index(b"PK\x01\x02")
-    path.write_bytes(data[: central + 24] + struct.pack("<I", 2**30) + data[central + 28 :])
+    path.write_bytes(data[: central + 24] + struct.pack("<I", MOST_BYTES) + data[central + 28 :])
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("b.npy", npy(np.ones(2)))
     with pytest.raises(UserError, match=r"w\.npz.*when unpacked"):

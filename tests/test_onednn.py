@@ -24,6 +24,7 @@ from utils.training import build_optimizer, training_step
 
 REASON = convolutions.unavailable()
 needs_onednn = pytest.mark.skipif(REASON is not None, reason=f"oneDNN is not available: {REASON}")
+CONVOLUTIONAL = [name for name, entry in BACKBONES.items() if not entry.patch]
 ONLY_AVX2 = REASON is None and "avx2" in onednn.Convolution((1, 8, 4, 4), (8, 8, 3, 3)).implementation
 
 
@@ -47,12 +48,12 @@ def make_flow(config, random, channels=32, **changes):
     flow = Flow(channels, dataclasses.replace(config, **{"flow_step": 3} | changes), np.random.default_rng(0))
     for name, parameter in flow.named_parameters():
         z = random.standard_normal(parameter.shape)
-        if name.endswith("subnet.0.bias"):
+        if name.endswith(("subnet.0.bias", "subnet_2.0.bias")):
             value = 2 * np.sign(z)
         elif name.endswith("global_scale"):
             value = 1 + 0.1 * z
         elif name.endswith("weight"):
-            gain = 0.2 if "subnet.0" in name else 3
+            gain = 0.2 if name.endswith(".0.weight") else 3
             value = gain * z / np.sqrt(np.prod(parameter.shape[1:]))
         else:
             value = 0.5 * z
@@ -98,6 +99,7 @@ def both(z, log_det):
         {"channels": 128, "hidden_ratio": 1.06},  # 67
         {"channels": 20, "hidden_ratio": 0.16},  # 1
         {"conv3x3_only": False},
+        {"share_subnet": False},
         {"clamp": 1.2},
     ],
 )
@@ -279,7 +281,7 @@ def test_backbone_agrees(backbone, random, shape):
 
 @pytest.mark.slow
 @needs_onednn
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet18"])
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONAL if name != "resnet18"])
 @pytest.mark.parametrize("scales", [None, [4, 8, 16, 32]])
 def test_every_backbone_agrees(random, name, scales):
     model = with_statistics(build_backbone(name, scales), random)
@@ -310,7 +312,7 @@ def test_the_padding_is_that_of_same(random, kernel, stride, size):
     np.testing.assert_allclose(y.array.transpose(0, 3, 1, 2), expected.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_every_backbone_without_batch_norms_agrees(random, name):
     model = with_statistics(build_backbone(name), random)
     images = tensor(random, 2, 3, 40, 64)

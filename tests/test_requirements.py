@@ -1,6 +1,8 @@
 """The requirement files agree with each other and with what is imported."""
 
 import ast
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +26,8 @@ IMPORT_NAMES = {
 OF_FASTAPI = {"pydantic", "starlette"}  # which is made of them and brings them
 FOLDERS = ("models", "datasets", "utils", "deploy")
 PRODUCT = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+OF_CLUSTERS = {"ray", "pyarrow"}
+CLUSTER = {ROOT / "utils/cluster_runs.py", *(ROOT / "deploy/cluster").rglob("*.py")}
 SERVICE = {ROOT / "deploy/serve.py", *(ROOT / "deploy/service").rglob("*.py")}
 
 
@@ -33,7 +37,7 @@ def requirements(name):
 
 
 def imported_names(name):
-    required = {line.split("=")[0].split(">")[0] for line in requirements(name)}
+    required = {re.split("[=>[]", line)[0] for line in requirements(name)}
     return {IMPORT_NAMES.get(package, package) for package in required}
 
 
@@ -74,6 +78,7 @@ def test_what_the_product_imports_is_required():
     own = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
     for path in PRODUCT:
         allowed = (known_to_service if path in SERVICE else known) | own | sys.stdlib_module_names
+        allowed |= OF_CLUSTERS if path in CLUSTER else set()
         assert set(top_level_imports(path)) <= allowed, path
 
 
@@ -81,3 +86,34 @@ def test_what_is_required_is_what_the_product_imports():
     imported = {name for path in PRODUCT for name in top_level_imports(path)}
     imported |= {entry.package.module for entry in BACKBONES.values() if entry.package}
     assert imported_names("requirements.txt") <= imported
+
+
+def test_what_clusters_need_is_in_a_file_of_its_own():
+    assert imported_names("requirements-cluster.txt") >= OF_CLUSTERS
+    assert not OF_CLUSTERS & (imported_names("requirements.txt") | imported_names("requirements-dev.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("deploy.score", ["--input", "lite_data/bottle/test/good", "--output", "out"]),
+        ("train_all", ["--data", "lite_data", "--cluster", "local"]),
+    ],
+)
+def test_where_ray_is_missing_a_line_names_the_file(module, options, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules.update(ray=None, pyarrow=None)
+sys.argv = {[module, *options]!r}
+from deploy.common.cli import run_main
+from {module} import main
+run_main(main)
+"""
+    for name in ("lite_data", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith("; pip install -r requirements-cluster.txt")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "results").exists()

@@ -15,6 +15,7 @@ def test_the_tables_are_those_of_the_results(page, language):
         "accuracy.md": ["accuracy", "fall"],
         "benchmarks/README.md": ["speed", "speed_avx2", "exported"],
         "README": ["overview"],
+        "backbones.md": ["paper"],
     }
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [match[1] for match in BLOCK.finditer(text)] == next(names for part, names in tables.items() if part in page)
@@ -22,26 +23,27 @@ def test_the_tables_are_those_of_the_results(page, language):
 
 
 @pytest.mark.parametrize(
-    ("category", "config", "image", "pixel"),
+    ("category", "config", "image", "pixel", "spread"),
     [
-        ("bottle", "resnet18_stable", 0.997, 0.975),
-        ("bottle", "auto", 0.998, 0.985),
-        ("kolektor", "auto", 0.88, 0.9),
-        ("screw", "auto", 0.85, None),
+        ("bottle", "resnet18_stable", 0.997, 0.975, 0.02),
+        ("bottle", "auto", 0.998, 0.985, 0.02),
+        ("kolektor", "auto", 0.92, 0.915, 0.02),
+        ("screw", "auto", 0.87, None, 0.045),
     ],
 )
-def test_a_last_epoch_keeps_its_promise(category, config, image, pixel):
-    """It is good, like those at 50% and 75%, and like that of other seeds; never a number from memory."""
+def test_a_last_epoch_keeps_its_promise(category, config, image, pixel, spread):
+    """In the mean it is good, and like those at 50% and 75%; like that of other seeds; never a number from memory."""
     results = json.loads((ROOT / "benchmarks/accuracy.json").read_text(encoding="utf-8"))
-    runs = [run for run in results["runs"] if (run["category"], run["config"]) == (category, config)]
+    asked = (category, config, [])
+    runs = [run for run in results["runs"] if (run["category"], run["config"], run["options"]) == asked]
     assert {run["seed"] for run in runs} == {0, 1, 2}
     for kind, lowest in (("image_auroc", image), ("pixel_auroc", pixel)):
         last = [run["history"][-1][kind] for run in runs]
         if lowest is None:  # there are no masks
             assert set(last) == {None}
             continue
-        assert min(last) >= lowest
-        assert max(last) - min(last) <= 0.02
+        assert sum(last) / len(last) >= lowest
+        assert max(last) - min(last) <= spread
         for share in (0.5, 0.75):
             means = [sum(at(run["history"], part)[kind] for run in runs) / len(runs) for part in (share, 1)]
             assert abs(means[0] - means[1]) <= 0.015

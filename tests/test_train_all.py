@@ -23,7 +23,9 @@ import yaml
 import train_all
 from deploy.common import runtime
 from utils.config import load_config
+from utils.grid import Cell, Job
 from utils.history import EpochRow, finished
+from utils.runs import LocalRuns
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -247,8 +249,9 @@ def test_an_error_that_nobody_expected_spoils_no_other_category(tmp_path, monkey
     board = SimpleNamespace(show=lambda name, text: shown.update({name: text}))
     monkeypatch.setattr(train_all, "trained_so_far", so_far)
     monkeypatch.setattr(train_all, "finished", lambda history, config: True)
-    trainings = train_all.Trainings(None, tmp_path, [], [None], {}, board)
-    assert trainings.run(["first", "other"]) == {"first": "unexpected ValueError('of its own')"}
+    cell = Cell(None, "config", "", [])
+    trainings = train_all.Trainings(tmp_path, LocalRuns([None], {}), board)
+    assert trainings.run([Job("first", cell), Job("other", cell)]) == {"first": "unexpected ValueError('of its own')"}
     assert shown["first"] == "failed: unexpected ValueError('of its own')"
     assert shown["other"] == "done  image AUROC 1.000, pixel AUROC 0.900 (epoch 1 of 1)"
 

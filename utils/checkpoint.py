@@ -51,14 +51,16 @@ def published_state(model: FastFlow) -> dict[str, np.ndarray]:
 def set_published_state(model: FastFlow, state: dict[str, np.ndarray], source: str) -> None:
     """Fill the model from arrays under the published names, the permutations included.
 
-    `subnet_2.*`, which published files hold and no result depends on, is ignored.
+    `subnet_2.*`, which published files hold and no result of theirs depends on, is ignored unless each coupling has a
+    subnet.
 
     Raises:
         UserError: keys are missing, unknown or misshapen, numbers are not finite, or a `w_perm` is no permutation.
     """
     if not isinstance(state, dict):
         raise UserError(f"{source}: holds no model_state_dict")
-    state = {name: value for name, value in state.items() if ".subnet_2." not in str(name)}
+    unused = ".subnet_2." if model.config.share_subnet else None
+    state = {name: value for name, value in state.items() if not unused or unused not in str(name)}
     permutations = []
     for name, step in _flow_steps(model):
         kernel = state.pop(f"{name}.w_perm", None)
@@ -260,12 +262,13 @@ def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path
 
 
 def _meaning(key: str, settings: dict[str, Any]) -> Any:
-    """What to compare of a setting: one number as a size is that of a square, no `scales` are the usual ones."""
+    """What to compare of a setting: a number as a size is that of a square, no `scales` or `blocks` the usual ones."""
     value = settings[key]
     if key in ("input_size", "tile") and isinstance(value, int):
         return [value, value]
-    if key == "scales" and value is None and settings["backbone_name"] in BACKBONES:
-        return list(BACKBONES[settings["backbone_name"]].scales)
+    backbone = BACKBONES.get(settings["backbone_name"])
+    if backbone and key == backbone.key and value is None:
+        return list(backbone.chosen)
     return value
 
 

@@ -138,6 +138,30 @@ class Config:
         least=1,
         most=65536,
     )
+    blocks: list[int] | None = key(
+        "of a Vision Transformer, in the place of `scales`: after which blocks the features are taken, counted from 0, "
+        "rising, a flow for each; may be left out: the backbone's usual one",
+        "Vision Transformer 用它代替 `scales`：在哪些块之后取特征，从 0 数，从小到大，每个一条流；可以省略，"
+        "用骨干网络通常的一个",
+        None,
+        decides="model",
+        least=0,
+    )
+    share_subnet: bool = key(
+        "whether both couplings of a step have one subnet, as published; False: one each, as in the paper",
+        "一步的两个耦合层是否共用一个子网络，同原复现；False：各有一个，同论文",
+        True,
+        decides="model",
+    )
+    subnet_gain: float = key(
+        "factor on the weights that the subnets' convolutions start with; 0.4 makes them about as small as PyTorch's, "
+        "which 20 couplings need: with 1 the values grow from each to the next, and training diverges",
+        "子网络卷积初始权重的系数；0.4 时约与 PyTorch 的初始值一样小，20 个耦合层需要这样：为 1 时数值逐层增大，"
+        "训练会发散",
+        1.0,
+        above=0,
+        most=10,
+    )
     pretrained: Literal["imagenet", "offline"] = key(
         "imagenet: real weights, else the offline start with a warning; offline: the offline start at once",
         "imagenet：真实权重，没有时用离线起点并警告；offline：直接用离线起点",

@@ -10,17 +10,19 @@ from utils.config import Config, load_config
 PUBLISHED_CONFIG = "./configs/resnet18.yaml"
 
 
-def experiment_parser(description: str, of_checkpoint: bool = False) -> ArgumentParser:
+def experiment_parser(description: str, of_checkpoint: bool = False, several: bool = False) -> ArgumentParser:
     """A parser with the options that name an experiment and its configuration.
 
     Args:
         description: of the script.
         of_checkpoint: without -cfg the script takes what the checkpoint was trained with, see `own_overrides`.
+        several: -cfg may be repeated; it is a list then, or None where none is named.
     """
     parser = ArgumentParser(description=description)
     parser.add_argument(
         *("-cfg", "--config"),
-        default=None if of_checkpoint else PUBLISHED_CONFIG,
+        action="append" if several else "store",
+        default=None if of_checkpoint or several else PUBLISHED_CONFIG,
         help=f"YAML config ({'the settings that the checkpoint holds, else ' * of_checkpoint}{PUBLISHED_CONFIG})",
     )
     parser.add_argument(

@@ -178,7 +178,8 @@ def _load_file(backbone: nn.Layer, entry: Backbone, path: Path, source: str) -> 
     weights = read_weights(path)
     if isinstance(weights, dict):  # set_state says so if it is anything else
         own = backbone.state_dict()
-        weights = named_as_here(weights, own, entry.own_name)
+        weights = entry.own_arrays(backbone, named_as_here(weights, own, entry.own_name))
+        weights = turned_as_here(weights, own)
         absent = tuple(part for part in entry.left_out if not any(name.startswith(part) for name in own))
         weights = {name: value for name, value in weights.items() if not name.startswith(absent)}
     set_state(backbone, weights, str(path))
@@ -204,8 +205,6 @@ def _load_package(backbone: nn.Layer, entry: Backbone, package: Package) -> dict
 def named_as_here(weights: dict[Any, Any], own: Iterable[str], own_name: Callable[[str], str]) -> dict[str, Any]:
     """The same arrays under the names of our layers, if they have torch's.
 
-    That is all: torch stores the weight of a linear layer transposed, but these come after the feature maps.
-
     Args:
         weights: what `read_weights` returns, or a dictionary that holds it.
         own: the names that are wanted.
@@ -224,6 +223,22 @@ def named_as_here(weights: dict[Any, Any], own: Iterable[str], own_name: Callabl
         if (last := PADDLES_NAMES.get(last, last)) is not None:
             named[".".join([*layer, last])] = value
     return named
+
+
+def turned_as_here(weights: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The same arrays, the matrices of linear layers with rows for what goes in, as Paddle has them; torch has columns.
+
+    A file is of one of both kinds: if a matrix that is not square fits the layer the other way round, all are turned.
+    """
+    matrices = {
+        name: value
+        for name, value in weights.items()
+        if name in own and own[name].ndim == 2 and isinstance(value, np.ndarray) and value.ndim == 2
+    }
+    shapes = [(list(value.shape), list(own[name].shape)) for name, value in matrices.items()]
+    if not any(shape == wanted[::-1] != wanted for shape, wanted in shapes):
+        return weights
+    return weights | {name: value.T for name, value in matrices.items()}
 
 
 def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> None:

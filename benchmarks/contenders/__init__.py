@@ -10,6 +10,7 @@ A measurement is a method that takes and returns JSON values; a contender may la
         gives `features`, `training`, `evaluation` (seconds), `image`, `pixel` and the process's `peak` memory in bytes
     model(category, target, weights, steps, batch): from picture files to an exported model, in so many steps or by the
         contender's own recipe (null); gives `epochs` and `steps`
+    peak(): the largest size of the process's memory so far, in bytes
     save(file): writes the model as a checkpoint that can be exported
     describe(): versions and settings
 """

@@ -1,18 +1,20 @@
 """This repository's FastFlow, by the functions that train.py and eval.py call."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 import paddle
 
-from benchmarks.inputs import random_images, random_maps, spread
+from benchmarks.inputs import ROOT, random_images, random_maps, spread
 from benchmarks.start import published_config, same_model
 from benchmarks.timing import peak_memory, repeat, repeat_steps
 from datasets.mvtec import load_category, load_ground_truth
 from models.cpu import convolutions
 from models.fastflow import negative_log_likelihood
 from utils.checkpoint import published_state, save_checkpoint
+from utils.config import load_config
 from utils.evaluation import EVALUATION_BATCH, Scores, measure, score_images
 from utils.features import CacheBudget, FeatureCache
 from utils.training import Training, build_optimizer
@@ -21,9 +23,10 @@ from utils.training import Training, build_optimizer
 class Ours:
     """See benchmarks.contenders for the measurements."""
 
-    def __init__(self, runtime: dict[str, str]) -> None:
-        self._runtime = runtime
-        self._use(256)
+    def __init__(self, runtime: dict[str, str], config: str = "configs/resnet18.yaml") -> None:
+        """A config, of the repository's."""
+        self._runtime, self._config = runtime, load_config(ROOT / config)
+        self._use(self._config.size[0])
 
     def describe(self) -> dict[str, Any]:
         """Versions and the runtime set-up."""
@@ -58,6 +61,9 @@ class Ours:
         images = paddle.to_tensor(random_images(batch, size))
         with paddle.no_grad():
             return repeat(lambda: self._model(images), seconds)
+
+    def peak(self) -> int:
+        return peak_memory()
 
     def save(self, file: str) -> None:
         save_checkpoint(Path(file), {"epoch": 0, "model_state_dict": published_state(self._model)})
@@ -106,7 +112,7 @@ class Ours:
     def _use(self, size: int) -> None:
         """Make the model for this image size, unless it is there."""
         if getattr(self, "_size", None) != size:
-            config = published_config(size)
+            config = dataclasses.replace(self._config, input_size=size)
             self._model = same_model(config)
             self._optimizer = build_optimizer(self._model, config)
             self._size = size

@@ -5,7 +5,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,7 +58,7 @@ def _files_at(path: str) -> list[Path]:
         elif path and Path(path).exists():
             return [Path(path)]
         else:
-            found = [file for file in _matches(path) if not file.is_dir()]
+            found = list({file for file in matches(path) if not file.is_dir()})
     except OSError as error:  # a name too long, a folder that may not be read
         raise UserError(f"{path}: cannot be looked at ({error.strerror})") from error
     if not found:
@@ -66,18 +66,20 @@ def _files_at(path: str) -> list[Path]:
     return sorted(found)
 
 
-def _matches(pattern: str) -> set[Path]:
-    """What `glob.glob(pattern, recursive=True)` finds, but `**` enters no link: two in circles would take for ever."""
+def matches(pattern: str) -> Iterator[Path]:
+    """What `glob.glob(pattern, recursive=True)` finds, some of it more than once, without a list of it in memory.
+
+    `**` enters no link: two in circles would take for ever.
+    """
     separators = re.escape(os.sep + (os.altsep or ""))  # Windows has two
     head, *tails = re.split(rf"(?:^|(?<=[{separators}]))\*\*(?:[{separators}]|$)", pattern, maxsplit=1)
     if not tails:
-        return {Path(name) for name in glob.glob(pattern)}
-    found = set()
-    for top in glob.glob(head) if head else ["."]:
+        yield from map(Path, glob.iglob(pattern))
+        return
+    for top in glob.iglob(head) if head else ["."]:
         for folder, below, _ in os.walk(top):
             below[:] = [name for name in below if not name.startswith(".")]
-            found |= _matches(os.path.join(glob.escape(folder), tails[0] or "*"))
-    return found
+            yield from matches(os.path.join(glob.escape(folder), tails[0] or "*"))
 
 
 def drawing_paths(images: Sequence[Path], folder: Path, suffix: str = ".jpg") -> dict[Path, Path]:
@@ -100,7 +102,12 @@ def drawing_paths(images: Sequence[Path], folder: Path, suffix: str = ".jpg") ->
 
 def is_image(path: Path) -> bool:
     """Whether this is a file whose name ends like a picture's, in any case; hidden files are not."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return named_like_image(path.name) and path.is_file()
+
+
+def named_like_image(name: str) -> bool:
+    """Whether the name of a file ends like a picture's, in any case; those of hidden files do not count."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def read_rgb(path: Path, content: BinaryIO | None = None, max_pixels: float = math.inf) -> np.ndarray:

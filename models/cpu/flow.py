@@ -2,7 +2,7 @@
 
 A flow goes through all its steps channels-last, a few images at a time, so that what a step touches stays in the
 CPU's cache; the backward pass is written out. The halves of x, and those of y, are two dense arrays in one stack.
-With both uses of the step's subnet written as
+With a coupling and its subnet written as
 
     h = relu(conv1(condition)),   s = tanh(0.1 a),   out = target exp(clamp s) + 0.1 t,   [a, t] = conv2(h)
 
@@ -103,8 +103,8 @@ def flow(
 
 
 def _parameters(step: nn.Layer) -> list[Tensor]:
-    conv1, _, conv2 = step.subnet
-    return [step.global_scale, step.global_offset, conv1.weight, conv1.bias, conv2.weight, conv2.bias]
+    convolutions = [conv for subnet in step.subnets for conv in (subnet[0], subnet[2])]
+    return [step.global_scale, step.global_offset, *(p for conv in convolutions for p in (conv.weight, conv.bias))]
 
 
 def _read_again(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -112,17 +112,28 @@ def _read_again(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return parameters[::2]
 
 
+class _Subnet(NamedTuple):
+    """A subnet's numbers; the arrays are views of the parameters."""
+
+    w1: np.ndarray  # (hidden, C/2, k, k)
+    b1: np.ndarray  # (hidden)
+    w2: np.ndarray  # (C, hidden, k, k)
+    b2: np.ndarray  # (C)
+
+
 class _Step(NamedTuple):
     """A step's numbers; the arrays are views of the parameters."""
 
     scale: np.ndarray  # (C)
     offset: np.ndarray  # (C)
-    w1: np.ndarray  # (hidden, C/2, k, k)
-    b1: np.ndarray  # (hidden)
-    w2: np.ndarray  # (C, hidden, k, k)
-    b2: np.ndarray  # (C)
+    subnets: list[_Subnet]  # the one of both couplings, or that of each
     permutation: np.ndarray  # (C)
     clamp: float
+
+    @property
+    def kernel(self) -> int:
+        """Side of the convolutions' kernels."""
+        return self.subnets[0].w1.shape[-1]
 
     def mixing(self) -> np.ndarray:
         """(C, C) such that permute(y scale) = y @ mixing, for y (pixels, C)."""
@@ -133,10 +144,13 @@ class _Step(NamedTuple):
 
 def _steps(parameters: Sequence[Tensor], constants: Sequence[tuple[np.ndarray, float]]) -> list[_Step]:
     views = [Buffer.of(p).array for p in parameters]
-    return [
-        _Step(views[6 * i].ravel(), views[6 * i + 1].ravel(), *views[6 * i + 2 : 6 * i + 6], *constant)
-        for i, constant in enumerate(constants)
-    ]
+    each = len(views) // len(constants)
+    steps = []
+    for i, constant in enumerate(constants):
+        scale, offset, *others = views[i * each : (i + 1) * each]
+        subnets = [_Subnet(*others[start : start + 4]) for start in range(0, len(others), 4)]
+        steps.append(_Step(scale.ravel(), offset.ravel(), subnets, *constant))
+    return steps
 
 
 class _Flow(PyLayer):
@@ -225,28 +239,36 @@ class _Forward:
         """memory.x -> `to`; returns the sum of s over channels and pixels, (b)."""
         (x1, x2), (y1, y2) = memory.x.halves, memory.y.halves
         total = 0.0
-        for i, (condition, target, out) in enumerate(((x1, x2, y2), (y2, x1, y1))):
-            self.conv1(self.narrow(condition), weights.w1, weights.b1, memory.hidden[i])
-            self.conv_a(memory.hidden[i], weights.wa, weights.ba, memory.tanh[i])
+        uses = (0, x1, x2, y2), (-1, y2, x1, y1)
+        for i, condition, target, out in uses:
+            subnet = weights.subnets[i]
+            self.conv1(self.narrow(condition), subnet.w1, subnet.b1, memory.hidden[i])
+            self.conv_a(memory.hidden[i], subnet.wa, subnet.ba, memory.tanh[i])
             self.exp_times(memory.tanh[i], weights.clamp, out, target)
-            self.conv_t(memory.hidden[i], weights.wt, weights.bt, out)
+            self.conv_t(memory.hidden[i], subnet.wt, subnet.bt, out)
             total = total + memory.tanh[i].array.reshape(self._images, -1).sum(1)
         for weight, offset, half in zip(weights.mixing, weights.offset, to.halves, strict=True):
             self.mix(memory.y.whole, weight, offset, half)
         return total
 
 
+class _ForwardSubnet:
+    """A subnet's parameters as `_Forward` takes them."""
+
+    def __init__(self, kernels: _Forward, subnet: _Subnet) -> None:
+        half = len(subnet.w2) // 2
+        self.w1, self.b1 = kernels.conv1.packed(subnet.w1), Buffer(subnet.b1)
+        self.wa, self.ba = kernels.conv_a.packed(0.2 * subnet.w2[:half]), Buffer(0.2 * subnet.b2[:half])
+        self.wt, self.bt = kernels.conv_t.packed(0.1 * subnet.w2[half:]), Buffer(0.1 * subnet.b2[half:])
+
+
 class _ForwardWeights:
     """A step's parameters as `_Forward` takes them."""
 
     def __init__(self, kernels: _Forward, step: _Step) -> None:
-        half = len(step.w2) // 2
-        self.w1, self.b1 = kernels.conv1.packed(step.w1), Buffer(step.b1)
-        self.wa, self.ba = kernels.conv_a.packed(0.2 * step.w2[:half]), Buffer(0.2 * step.b2[:half])
-        self.wt, self.bt = kernels.conv_t.packed(0.1 * step.w2[half:]), Buffer(0.1 * step.b2[half:])
+        self.subnets = [_ForwardSubnet(kernels, subnet) for subnet in step.subnets]
         self.mixing = kernels.packed_mixing(step.mixing())
-        offset = step.offset[step.permutation]
-        self.offset = Buffer(offset[:half]), Buffer(offset[half:])
+        self.offset = [Buffer(half) for half in np.split(step.offset[step.permutation], 2)]
         self.clamp = Buffer(np.full(1, step.clamp, np.float32))
 
 
@@ -291,23 +313,23 @@ class _Backward:
         sums.offset += channel_sums(gy).ravel()
         (x1, x2), (_, y2) = memory.x.halves, memory.y.halves
         (gx1, gx2), (gy1, gy2) = g.halves, self.y.halves
-        # the second use of the subnet first: it gives gy2 its other part
-        uses = (1, y2, x1, gy1, gx1, gy2), (0, x1, x2, gy2, gx2, gx1)
+        # the second coupling first: it gives gy2 its other part
+        uses = (-1, y2, x1, gy1, gx1, gy2), (0, x1, x2, gy2, gx2, gx1)
         for i, condition, target, g_out, g_target, g_condition in uses:
-            s, hidden = memory.tanh[i], memory.hidden[i]
+            s, hidden, subnet, sum_ = memory.tanh[i], memory.hidden[i], weights.subnets[i], sums.subnets[i]
             forward.exp_times(s, weights.clamp, g_target, g_out)
             self.s_gradient(g_target, target, self.a, log_det_gradient)
             self.tanh_gradient(s, self.a, self.a)
             narrow = forward.narrow(self.a)
-            self._add(self.w2_gradient, hidden, narrow, self.w2, self.b2, sums.wa, sums.ba)
-            self.conv_a_adjoint(narrow, weights.wa, self.no_bias, self.hidden)
+            self._add(self.w2_gradient, hidden, narrow, self.w2, self.b2, sum_.wa, sum_.ba)
+            self.conv_a_adjoint(narrow, subnet.wa, self.no_bias, self.hidden)
             narrow = forward.narrow(g_out)
-            self._add(self.w2_gradient, hidden, narrow, self.w2, self.b2, sums.wt, sums.bt)
-            self.conv_t_adjoint(narrow, weights.wt, self.no_bias, self.hidden)
+            self._add(self.w2_gradient, hidden, narrow, self.w2, self.b2, sum_.wt, sum_.bt)
+            self.conv_t_adjoint(narrow, subnet.wt, self.no_bias, self.hidden)
             self.relu_gradient(hidden, self.hidden, self.hidden)
             narrow = forward.narrow(condition)
-            self._add(self.w1_gradient, narrow, self.hidden, self.w1, self.b1, sums.w1, sums.b1)
-            self.conv1_adjoint(self.hidden, weights.w1, self.no_bias, g_condition)
+            self._add(self.w1_gradient, narrow, self.hidden, self.w1, self.b1, sum_.w1, sum_.b1)
+            self.conv1_adjoint(self.hidden, subnet.w1, self.no_bias, g_condition)
 
     @staticmethod
     def _add(
@@ -324,21 +346,26 @@ class _Backward:
         b_sum += b.array
 
 
+class _BackwardSubnet:
+    """A subnet's parameters as `_Backward` takes them."""
+
+    def __init__(self, kernels: _Backward, subnet: _Subnet) -> None:
+        wa, wt = np.split(0.1 * subnet.w2, 2)
+        self.w1 = kernels.conv1_adjoint.packed_adjoint(subnet.w1)
+        self.wa, self.wt = kernels.conv_a_adjoint.packed_adjoint(wa), kernels.conv_t_adjoint.packed_adjoint(wt)
+
+
 class _BackwardWeights:
     """A step's parameters as `_Backward` takes them."""
 
     def __init__(self, forward: _Forward, kernels: _Backward, step: _Step) -> None:
-        half = len(step.w2) // 2
-        w2 = 0.1 * step.w2
-        self.w1 = kernels.conv1_adjoint.packed_adjoint(step.w1)
-        self.wa = kernels.conv_a_adjoint.packed_adjoint(w2[:half])
-        self.wt = kernels.conv_t_adjoint.packed_adjoint(w2[half:])
+        self.subnets = [_BackwardSubnet(kernels, subnet) for subnet in step.subnets]
         self.unmixing = forward.packed_mixing(step.mixing().T)
         self.clamp = Buffer(np.full(1, step.clamp, np.float32))
 
 
-class _Sums:
-    """Gradients of a step's parameters, summed over images and over both uses of the subnet."""
+class _SubnetSums:
+    """Gradients of a subnet's parameters, summed over images and, if both couplings share it, over these."""
 
     def __init__(self, kernels: _Backward) -> None:
         self._kernels = kernels
@@ -346,19 +373,29 @@ class _Sums:
         self.w1, self.b1, self.wa, self.ba, self.wt, self.bt = (
             np.zeros(size, np.float32) for size in (w1, b1, w2, b2, w2, b2)
         )
-        self.scale, self.offset = np.zeros((2, 2 * b2), np.float32)
 
     def gradients(self) -> list[np.ndarray]:
-        """In the order and shape of the parameters; those of scale and offset still have the factor scale."""
+        """In the order and shape of the parameters."""
         unpacked = self._kernels.w2_gradient.unpacked
         return [
-            self.scale.reshape(1, -1, 1, 1),
-            self.offset.reshape(1, -1, 1, 1),
             self._kernels.w1_gradient.unpacked(self.w1),
             self.b1,
             0.1 * np.concatenate([unpacked(self.wa), unpacked(self.wt)]),
             0.1 * np.concatenate([self.ba, self.bt]),
         ]
+
+
+class _Sums:
+    """Gradients of a step's parameters, summed over images."""
+
+    def __init__(self, kernels: _Backward, step: _Step) -> None:
+        self.subnets = [_SubnetSums(kernels) for _ in step.subnets]
+        self.scale, self.offset = np.zeros((2, step.scale.size), np.float32)
+
+    def gradients(self) -> list[np.ndarray]:
+        """In the order and shape of the parameters; those of scale and offset still have the factor scale."""
+        of_subnets = [gradient for sums in self.subnets for gradient in sums.gradients()]
+        return [self.scale.reshape(1, -1, 1, 1), self.offset.reshape(1, -1, 1, 1), *of_subnets]
 
 
 class _Ends:
@@ -436,7 +473,7 @@ def _forward(
         for images in _chunks(x.shape):
             n = images.stop - images.start
             shapes = [_shape(n, step, h, w, kind) for step in steps]
-            kernels = [resources.forward(*shape, step.w1.shape[-1]) for shape, step in zip(shapes, steps, strict=True)]
+            kernels = [resources.forward(*shape, step.kernel) for shape, step in zip(shapes, steps, strict=True)]
             if n not in weights:
                 weights[n] = [_ForwardWeights(k, step) for k, step in zip(kernels, steps, strict=True)]
             tape = _Tape(resources, shapes, keep)
@@ -469,12 +506,12 @@ def _backward(
     with LOCK:
         for images, tape in zip(_chunks(z_gradient.shape), tapes, strict=True):
             n = images.stop - images.start
-            shapes = [(*_shape(n, step, h, w, kind), step.w1.shape[-1]) for step in steps]
+            shapes = [(*_shape(n, step, h, w, kind), step.kernel) for step in steps]
             forward = [resources.forward(*shape) for shape in shapes]
             backward = [resources.backward(*shape, step.clamp) for shape, step in zip(shapes, steps, strict=True)]
             if n not in weights:
                 weights[n] = [_BackwardWeights(*three) for three in zip(forward, backward, steps, strict=True)]
-                sums[n] = [_Sums(k) for k in backward]
+                sums[n] = [_Sums(*pair) for pair in zip(backward, steps, strict=True)]
             ends = resources.ends(n, c // 2, h, w)
             ends.split(source[images], ends.stack)
             each = Buffer(log_det[images])
@@ -492,7 +529,8 @@ def _backward(
 
 
 def _shape(n: int, step: _Step, h: int, w: int, kind: int) -> tuple[int, int, int, int, int, int]:
-    return n, step.w1.shape[1], len(step.w1), h, w, kind
+    w1 = step.subnets[0].w1
+    return n, w1.shape[1], len(w1), h, w, kind
 
 
 def _tensor(array: np.ndarray) -> Tensor:
