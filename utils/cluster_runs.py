@@ -89,6 +89,7 @@ class ClusterRun:
 
     def __init__(self, runs: "ClusterRuns", words: Sequence[str], folder: Path) -> None:
         self._runs, self._words, self._folder = runs, words, folder
+        self.actor: Any = None
         self.begun = False
         self._deaths = 0
 
@@ -164,8 +165,7 @@ class ClusterRuns:
             yield run
         finally:
             self._runs.remove(run)
-            with contextlib.suppress(AttributeError):  # it was never hired
-                ray.kill(run.actor)
+            self._dismiss(run)
 
     def hire(self) -> Any:
         """An actor, where there is room for it or will be.
@@ -187,8 +187,12 @@ class ClusterRuns:
         try:
             for run in runs:
                 if not run.begun:
-                    ray.kill(run.actor)
+                    self._dismiss(run)
             ray.wait(ends, num_returns=len(ends), timeout=GRACE + ASKED)
         except KeyboardInterrupt:
             for run in runs:
-                ray.kill(run.actor)
+                self._dismiss(run)
+
+    def _dismiss(self, run: ClusterRun) -> None:
+        if run.actor is not None:
+            ray.kill(run.actor)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -54,6 +55,8 @@ def joined(address: str) -> Iterator[None]:
             _check_there_is_one()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Ray's client, which raises an error as well
+            if address == "local":
+                ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # the switch, if Ray was imported before
             ray.init(address, **options)
         # A lost machine is told by the commands, in a line; Ray would print forty of its log.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
@@ -62,13 +65,27 @@ def joined(address: str) -> Iterator[None]:
         raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){advice}") from error
     finally:
         signal.signal(signal.SIGTERM, terminate)
-    if address == "local":
-        with contextlib.suppress(OSError):  # there may be none
-            (Path.home() / ".ray/auth_token").chmod(0o600)  # Ray writes it for all to read
     try:
+        if address == "local":
+            _check_it_is_closed()
         yield
     finally:
         ray.shutdown()
+
+
+def _check_it_is_closed() -> None:
+    """Keep the token to this user, and end what listens on other addresses than the loopback interface's.
+
+    Raises:
+        UserError: Ray does, though told otherwise.
+    """
+    import ray
+
+    with contextlib.suppress(OSError):  # there may be none
+        (Path.home() / ".ray/auth_token").chmod(0o600)  # Ray writes it for all to read
+    node = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(node).is_loopback:
+        raise UserError(f"--cluster local: this version of Ray listens on {node}; {INSTALL}")
 
 
 def _check_there_is_one() -> None:
