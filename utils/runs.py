@@ -16,11 +16,13 @@ from deploy.common.cli import UserError
 GRACE = 10  # seconds that a training has to end by itself when it is interrupted
 # Becomes the script argv[2:], which Linux kills when its starter, process argv[1], ends, be it by kill -9: a training
 # that was left alone would keep its folder from the next train.sh. Code between fork and exec is no way to ask for it
-# where there are threads. 1 is PR_SET_PDEATHSIG; the starter may have ended before.
+# where there are threads. 1 is PR_SET_PDEATHSIG; the starter may have ended before. Ray's processes block SIGINT, and
+# so would those that they start.
 TIED = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
