@@ -199,6 +199,12 @@ def test_skipped_steps_are_logged_and_leave_the_scale_at_1(small, monkeypatch):
         def __len__(self):
             return 20
 
+        def draw(self, _):
+            pass
+
+        def kept(self, _):
+            return []
+
         def batch(self, _):
             return features
 

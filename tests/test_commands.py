@@ -257,9 +257,10 @@ def test_training_all_is_for_another_command(empty):
 def test_the_first_lines_say_when_it_stops(config, changes, line):
     model = SimpleNamespace(trainable_parameters=lambda: 1000)
     said = []
-    training = SimpleNamespace(config=dataclasses.replace(config, **changes), backbone=UNSTATED, model=model)
-    pictures = SimpleNamespace(notes=[], train=[], held_out=[], category=SimpleNamespace(test=[]))
-    train.introduce(training, pictures, 40, said.append)
+    config = dataclasses.replace(config, **changes)
+    training = SimpleNamespace(config=config, backbone=UNSTATED, model=model, last_epoch=lambda pictures: config.epochs)
+    pictures = SimpleNamespace(notes=[], train=[], held_out=[], category=SimpleNamespace(test=[]), layout=config.layout)
+    train.introduce(training, pictures, range(24), said.append)
     assert said[-1] == line
 
 

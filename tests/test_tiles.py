@@ -377,7 +377,8 @@ def work(tmp_path_factory):
 def train(folder, *options, exp="exp"):
     overrides = [word for override in TRAINING for word in ("-o", override)]
     common = ["-cfg", f"{ROOT}/configs/resnet18.yaml", *overrides, "--data", "data", "-cat", "cloth", "--exp_dir", exp]
-    done = forked.run("train.py", [*common, *options], folder)
+    alone = {"FASTFLOW_BACKBONE_WEIGHTS": ""}  # it is of ResNet18
+    done = forked.run("train.py", [*common, *options], folder, alone)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -509,7 +510,7 @@ def test_a_region_of_interest_goes_from_training_to_every_answer(work):
         "--resume",
     ]
     changed += [word for override in TRAINING for word in ("-o", override)]
-    done = forked.run("train.py", changed, work)
+    done = forked.run("train.py", changed, work, {"FASTFLOW_BACKBONE_WEIGHTS": ""})
     assert done.returncode == 2 and "region of interest" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
