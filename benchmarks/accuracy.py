@@ -119,8 +119,11 @@ def measure(asked: dict[str, Any], data: Path) -> dict[str, Any]:
     command("eval.py", *common, "--is_last")
     folder = ROOT / "results" / experiment
     last = json.loads((folder / "eval.json").read_text())["categories"][category]
-    if last["backbone"]["file"]:  # where it lies on this machine is nobody's business
+    # Where weights and pictures lie on this machine is nobody's business.
+    if last["backbone"]["file"]:
         last["backbone"]["file"] = Path(last["backbone"]["file"]).name
+    if last["regions"]:
+        del last["regions"]["pictures"]
     with open(folder / category / "history.csv", newline="") as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     made = {

@@ -161,14 +161,17 @@ class FeatureNorm(nn.BatchNorm2D):
             return nn.BatchNorm2D.forward(self, x)  # Paddle 2.6 cannot export super()
         shape = [1, -1, 1, 1]
         exchange = self.sum_over_processes or (lambda sums: None)
+
+        def counted(values: Tensor) -> Tensor:
+            return values if kept is None else values * kept
+
         with paddle.no_grad():
-            counted = paddle.ones([1, 1, 1, 1]) if kept is None else kept
             places = paddle.full([1], x.size / x.shape[1]) if kept is None else kept.sum().reshape([1])
-            sums = [(x * counted).sum(axis=[0, 2, 3]), places]
+            sums = [counted(x).sum(axis=[0, 2, 3]), places]
             exchange(sums)
             total, count = sums
             mean = total / count  # (C,)
-            squares = (paddle.square(x - mean.reshape(shape)) * counted).sum(axis=[0, 2, 3])
+            squares = counted(paddle.square(x - mean.reshape(shape))).sum(axis=[0, 2, 3])
             exchange([squares])
             variance = squares / count
             self._mean.set_value(self._momentum * self._mean + (1 - self._momentum) * mean)

@@ -25,6 +25,7 @@ def commands(monkeypatch, tmp_path):
         (folder / category).mkdir(parents=True, exist_ok=True)
         (folder / category / "history.csv").write_text("epoch,loss,image_auroc\n1,2.5,\n2,1.5,0.75\n")
         row = {"image_auroc": 0.75, "backbone": {"file": "/home/somebody/weights.npz"}}
+        row["regions"] = {"true": 1, "pictures": {"/home/somebody/0.png": {"true": 1}}}
         (folder / "eval.json").write_text(json.dumps({"categories": {category: row}}))
 
     monkeypatch.setattr(accuracy, "command", command)
@@ -82,6 +83,8 @@ def test_a_run_has_its_whole_budget_and_is_evaluated_on_the_way(monkeypatch, tmp
         {"epoch": 2, "loss": 1.5, "image_auroc": 0.75},
     ]
     assert auto["last"]["backbone"]["file"] == "weights.npz"
+    assert auto["last"]["regions"] == {"true": 1}
+    assert "somebody" not in json.dumps(auto)
 
 
 def test_each_run_is_measured_once_and_others_join(monkeypatch, tmp_path, commands, data):

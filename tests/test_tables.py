@@ -1,6 +1,7 @@
 """The measured tables in the documentation are those that `python -m benchmarks.tables` makes."""
 
 import json
+import re
 
 import pytest
 
@@ -47,6 +48,11 @@ def test_a_last_epoch_keeps_its_promise(category, config, image, pixel, spread):
         for share in (0.5, 0.75):
             means = [sum(at(run["history"], part)[kind] for run in runs) / len(runs) for part in (share, 1)]
             assert abs(means[0] - means[1]) <= 0.015
+
+
+def test_no_path_of_a_machine_is_in_the_results():
+    for file in (ROOT / "benchmarks").rglob("*.json"):
+        assert not re.search(r'"/\w+/', file.read_text(encoding="utf-8")), file
 
 
 def test_an_unknown_table_is_named():

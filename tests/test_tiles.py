@@ -398,18 +398,8 @@ def losses(folder, exp="exp"):
 @pytest.mark.parametrize("backend", [pytest.param(n, marks=() if n == "paddle" else needs_converter(n)) for n in FILES])
 def test_a_small_spot_is_found_by_every_runtime_as_by_predict(work, backend):
     spot = work / "data/cloth/test/spot/0.png"
-    options = [
-        "-cat",
-        "cloth",
-        "--exp_dir",
-        "exp",
-        "--save_json",
-        "told.jsonl",
-        "--pixel_threshold",
-        "0.5",
-        "--image_path",
-    ]
-    options += [str(spot)]
+    options = ["-cat", "cloth", "--exp_dir", "exp", "--save_json", "told.jsonl", "--pixel_threshold", "0.5"]
+    options += ["--image_path", str(spot)]
     done = forked.run("predict.py", options, work)
     assert done.returncode == 0, done.stderr
     expected = json.loads((work / "told.jsonl").read_text())
@@ -418,17 +408,9 @@ def test_a_small_spot_is_found_by_every_runtime_as_by_predict(work, backend):
     assert result.score == pytest.approx(expected["score"], abs=1e-4)
     assert [region.box for region in result.regions] == [tuple(region["box"]) for region in expected["regions"]]
     assert good.score < result.score
-    options = [
-        "--save_inference_dir",
-        "model_exp",
-        "--backend",
-        backend,
-        "--batch_size",
-        "5",
-        "--image_path",
-        str(spot),
-    ]
-    done = forked.run("deploy/infer.py", [*options, "--warmup", "1", "--save_json", "infer.jsonl"], work)
+    options = ["--save_inference_dir", "model_exp", "--backend", backend, "--batch_size", "5", "--warmup", "1"]
+    options += ["--image_path", str(spot), "--save_json", "infer.jsonl"]
+    done = forked.run("deploy/infer.py", options, work)
     assert done.returncode == 0, done.stderr
     assert json.loads((work / "infer.jsonl").read_text())["score"] == pytest.approx(expected["score"], abs=1e-4)
     centre = np.array(np.unravel_index(result.map.argmax(), SIZE))[::-1]
@@ -471,14 +453,21 @@ def test_eval_measures_pictures_of_different_sizes(work):
     (work / "results/exp/mixed").unlink()
 
 
-@pytest.mark.slow
-def test_a_region_of_interest_goes_from_training_to_every_answer(work):
+@pytest.fixture(scope="module")
+def left(work):
+    """The same folder with a model of the left part alone, which is exported too."""
     roi = np.full(SIZE, 255, np.uint8)
     roi[:, 180:] = 0
     Image.fromarray(roi).resize((200, 150)).save(work / "left.png")
     train(work, "--roi", "left.png", "-o", "steps=20", exp="left")
-    assert "region of interest: 45% of a picture" in (work / "results/left/cloth/train.log").read_text()
     export(work, "left")
+    return work
+
+
+@pytest.mark.slow
+def test_a_region_of_interest_goes_from_training_to_every_answer(left):
+    work = left
+    assert "region of interest: 45% of a picture" in (work / "results/left/cloth/train.log").read_text()
     assert (work / "model_left/roi.png").is_file() and not (work / "model_exp/roi.png").exists()
     picture = np.asarray(Image.open(work / "data/cloth/test/spot/0.png")).copy()
     with Detector(work / "model_left", cpu_threads=1, pixel_threshold=0.0) as detector:
@@ -497,7 +486,6 @@ def test_a_region_of_interest_goes_from_training_to_every_answer(work):
     done = forked.run("eval.py", ["--data", "data", "-cat", "cloth", "--exp_dir", "left"], work)
     assert done.returncode == 0, done.stderr
     assert "no pixel of the mask is left" in done.stderr  # the spot lies in the black
-    export(work, "exp")
     changed = [
         "-cfg",
         f"{ROOT}/configs/resnet18.yaml",
@@ -516,11 +504,9 @@ def test_a_region_of_interest_goes_from_training_to_every_answer(work):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["exp", "left"])
-def test_the_service_answers_what_the_detector_says(work, model):
-    folder = work / f"model_{model}"
-    if not folder.exists():
-        pytest.skip("made by the test of the region of interest")
-    spot = work / "data/cloth/test/spot/0.png"
+def test_the_service_answers_what_the_detector_says(left, model):
+    folder = left / f"model_{model}"
+    spot = left / "data/cloth/test/spot/0.png"
     with Detector(folder, cpu_threads=1, pixel_threshold=0.5) as detector:
         expected = detector(spot)
     description = read_description(folder)
