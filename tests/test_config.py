@@ -153,7 +153,7 @@ def test_later_overrides_win_and_options_win_over_them():
 @pytest.mark.parametrize(
     ("overrides", "options", "steps", "epochs"),
     [
-        ([], {"epochs": None}, 160, 500),
+        ([], {"epochs": None}, 240, 500),
         (["steps=7"], {}, 7, 500),
         ([], {"epochs": 3}, None, 3),
         (["epochs=3"], {}, None, 3),

@@ -23,31 +23,51 @@ def test_the_tables_are_those_of_the_results(page, language):
     assert with_tables(text, language) == text
 
 
-@pytest.mark.parametrize(
-    ("category", "config", "image", "pixel", "spread"),
-    [
-        ("bottle", "resnet18_stable", 0.997, 0.975, 0.02),
-        ("bottle", "auto", 0.998, 0.985, 0.02),
-        ("kolektor", "auto", 0.92, 0.915, 0.02),
-        ("screw", "auto", 0.87, None, 0.045),
-    ],
-)
-def test_a_last_epoch_keeps_its_promise(category, config, image, pixel, spread):
-    """In the mean it is good, and like those at 50% and 75%; like that of other seeds; never a number from memory."""
+def three_runs(category, config):
+    """Those of the config as it stands, of three seeds."""
     results = json.loads((ROOT / "benchmarks/accuracy.json").read_text(encoding="utf-8"))
     asked = (category, config, [])
     runs = [run for run in results["runs"] if (run["category"], run["config"], run["options"]) == asked]
     assert {run["seed"] for run in runs} == {0, 1, 2}
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("category", "config", "image", "pixel"),
+    [
+        ("bottle", "resnet18_stable", 0.997, 0.975),
+        ("bottle", "auto", 0.998, 0.985),
+        ("kolektor", "auto", 0.91, 0.91),
+        ("screw", "auto", 0.86, None),
+    ],
+)
+def test_a_last_epoch_keeps_its_promise(category, config, image, pixel):
+    """With every seed it is good, and in the mean like those at 50% and 75%; never a number from memory."""
+    runs = three_runs(category, config)
     for kind, lowest in (("image_auroc", image), ("pixel_auroc", pixel)):
         last = [run["history"][-1][kind] for run in runs]
         if lowest is None:  # there are no masks
             assert set(last) == {None}
             continue
-        assert sum(last) / len(last) >= lowest
-        assert max(last) - min(last) <= spread
+        assert min(last) >= lowest
         for share in (0.5, 0.75):
             means = [sum(at(run["history"], part)[kind] for run in runs) / len(runs) for part in (share, 1)]
             assert abs(means[0] - means[1]) <= 0.015
+
+
+@pytest.mark.parametrize(
+    ("category", "config"),
+    [
+        ("bottle", "resnet18_stable"),
+        ("bottle", "auto"),
+        ("kolektor", "auto"),
+        pytest.param("screw", "auto", marks=pytest.mark.xfail(strict=True, reason="screw's seeds are 0.028 apart")),
+    ],
+)
+def test_a_last_epoch_is_like_that_of_other_seeds(category, config):
+    for kind in ("image_auroc", "pixel_auroc"):
+        last = [run["history"][-1][kind] or 0.0 for run in three_runs(category, config)]
+        assert max(last) - min(last) <= 0.02
 
 
 def test_no_path_of_a_machine_is_in_the_results():
