@@ -80,12 +80,12 @@ def score(args: argparse.Namespace) -> int:
     sizes = {len(paths[start : start + args.batch_size]) for start in range(0, len(paths), args.batch_size)}
     # A smaller last batch would want a graph of its own, which a few runs do not make up for; --winograd asks for it.
     worthwhile = len(sizes) == 1 or len(paths) > 20 * args.batch_size or args.winograd
-    places = {}
-    if args.output_dir:
-        places = places_of(paths, Path(args.output_dir), args.save_maps, args.save_masks)
-    results = Results(paths, places, args.save_json)
     times: list[tuple[float, float, float]] = []  # seconds a picture of each stage, an entry per picture
-    with load(args, sizes if worthwhile else ()) as detector:
+    with load(args, sizes if worthwhile else ()) as detector:  # first: without a model no folder is made
+        places = {}
+        if args.output_dir:
+            places = places_of(paths, Path(args.output_dir), args.save_maps, args.save_masks)
+        results = Results(paths, places, args.save_json)
         warm_up(detector, args.warmup, sizes)
         with results:
             for start in range(0, len(paths), detector.pictures_at_once):
