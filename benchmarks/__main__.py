@@ -122,8 +122,9 @@ def main() -> None:
             keep(figure)
         results["others_share"] = others.share()  # Ray's processes are no children of this one
         if "cluster" in sections:
-            with started({OURS: contenders[OURS]}) as workers:
-                model = measure.export(workers[OURS], folder / "cluster")
+            config = "configs/auto.yaml"
+            with started({OURS: Contender(OURS, config, ("ours", config))}) as workers:
+                model = measure.export(workers[OURS], folder / "cluster", config)
             for figure in cluster.scoring(model, data / "bottle/train/good", *plan.scored, folder / "cluster"):
                 keep(figure)
     write_text(args.output / "results.json", json.dumps(results, indent=1) + "\n")

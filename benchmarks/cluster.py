@@ -31,7 +31,7 @@ def scoring(exported: Path, source: Path, pictures: int, paths: Sequence[int], f
     What starting takes is left out of the pictures a second: it is the time of `FEW` pictures.
 
     Args:
-        exported: a model.
+        exported: a model with its ONNX form.
         source: a folder of pictures, each of which stands for many.
         pictures: how many to score.
         paths: lengths of lists, whose driver's memory is measured. The pictures in them are not there, so that a
@@ -44,7 +44,7 @@ def scoring(exported: Path, source: Path, pictures: int, paths: Sequence[int], f
         for i in range(count):
             original = originals[i % len(originals)]
             (target / f"{i:07d}{original.suffix}").symlink_to(original)
-    model = ["--save_inference_dir", str(exported), "--batch_size", "8"]
+    model = ["--save_inference_dir", str(exported), "--backend", "openvino", "--batch_size", "8"]
     infer = [str(ROOT / "deploy/infer.py"), *model, "--cpu_threads", "1", "--image_path"]
     score = [str(ROOT / "deploy/score.py"), *model, "--input"]
     group = f"Scoring {pictures} pictures, a core for each process"
