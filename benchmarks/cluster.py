@@ -50,8 +50,9 @@ def scoring(exported: Path, source: Path, pictures: int, paths: Sequence[int], f
     group = f"Scoring {pictures} pictures, a core for each process"
 
     def seconds(words: list[str], name: str, target: Path) -> float:
-        output = [] if words is infer else ["--output", str(folder / f"{name}-{target.name}"), "--actors", name[-1]]
-        return run_command([sys.executable, *words, str(target), *output], folder).seconds
+        output = str(folder / f"{name}-{target.name}")  # both tell regions too
+        told = ["--save_json", f"{output}.json"] if words is infer else ["--output", output, "--actors", name[-1]]
+        return run_command([sys.executable, *words, str(target), *told], folder).seconds
 
     for name, title, words in (
         ("infer", "deploy/infer.py", infer),
