@@ -46,7 +46,7 @@ class Script:
         os.chdir(cwd)
         _wait_for(folder)
         # A machine's trainings share its memory for features, as those of train.sh do. Ray knows how many they can be,
-        # but Ray 2.60's processes that have asked it (ray.nodes) hang when they should end.
+        # but processes of Ray 2.60 that have asked it (ray.nodes) were seen to hang at their end.
         share = {"OMP_NUM_THREADS": str(cpus), "PADDLE_LOCAL_SIZE": str(max(1, available_cores() // cpus))}
         self._process = begin(words, {**os.environ, **environ, **share})
         self._lines: SimpleQueue[str] = SimpleQueue()
