@@ -102,13 +102,13 @@ def workers(title):
     return found
 
 
-def trainings(folder):
-    """The numbers of the processes that run train.py in the folder."""
+def processes(folder, title):
+    """The numbers of the processes that run in the folder, whose command has this in it."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             here = (process / "cwd").resolve() == folder
-            if here and b"train.py" in (process / "cmdline").read_bytes():
+            if here and title in (process / "cmdline").read_bytes():
                 found.append(int(process.name))
     return found
 
@@ -249,12 +249,12 @@ def test_a_training_goes_on_when_its_node_is_killed_and_ends_with_its_driver(clu
     code, said, err = finish(process)
     assert (code, err.splitlines()[-1]) == (130, "error: interrupted"), err
     assert "stopped" in said
-    assert not trainings(tmp_path)
+    assert not processes(tmp_path, b"train.py")
 
     before = last[0].stat().st_mtime_ns
     process = start(cluster, tmp_path, *words)
     wait_for(lambda: last[0].stat().st_mtime_ns > before)
-    for number in trainings(tmp_path):
+    for number in processes(tmp_path, b"train.py"):
         if b"one" in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0"):
             worker = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
     hit = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
@@ -265,3 +265,4 @@ def test_a_training_goes_on_when_its_node_is_killed_and_ends_with_its_driver(clu
     assert "one    done" in said and "other  done" in said
     assert len(losses(tmp_path, "one")) == 60
     assert losses(tmp_path, "one") == losses(tmp_path, "other")
+    wait_for(lambda: not processes(tmp_path, b"ray::"), 20)

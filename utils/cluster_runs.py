@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from deploy.cluster.connection import answer, places
 from deploy.common.cli import UserError
 from deploy.common.files import hold_folder
+from deploy.common.runtime import available_cores
 from utils.runs import GRACE, begin, end
 
 DEATHS = 5  # of processes that ran one script; then it has failed
@@ -44,9 +45,9 @@ class Script:
             raise UserError(f"{folder}: is not there on machine {name}; all machines must share {cwd}")
         os.chdir(cwd)
         _wait_for(folder)
-        (node,) = (n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
-        # A machine's trainings share its memory for features, as those of train.sh do.
-        share = {"OMP_NUM_THREADS": str(cpus), "PADDLE_LOCAL_SIZE": str(int(node["Resources"]["CPU"] / cpus))}
+        # A machine's trainings share its memory for features, as those of train.sh do. Ray knows how many they can be,
+        # but processes of Ray 2.60 that have asked it (ray.nodes) were seen to hang at their end.
+        share = {"OMP_NUM_THREADS": str(cpus), "PADDLE_LOCAL_SIZE": str(max(1, available_cores() // cpus))}
         self._process = begin(words, {**os.environ, **environ, **share})
         self._lines: SimpleQueue[str] = SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
