@@ -123,7 +123,7 @@ def main() -> None:
         results["others_share"] = others.share()  # Ray's processes are no children of this one
         if "cluster" in sections:
             config = "configs/auto.yaml"
-            with started({OURS: Contender(OURS, config, ("ours", config))}) as workers:
+            with started({OURS: Contender(OURS, config, ("ours", config), measure.NO_WEIGHTS)}) as workers:
                 model = measure.export(workers[OURS], folder / "cluster", config)
             for figure in cluster.scoring(model, data / "bottle/train/good", *plan.scored, folder / "cluster"):
                 keep(figure)

@@ -25,6 +25,7 @@ MODEL_PICTURES = 200  # good ones, that a model is made of
 SIDES = (512, 1024, 2048, 4096, 8192)
 SIZE = 256
 PAPER = ("resnet18", "wide_resnet50_2", "deit", "cait")  # configs/paper
+NO_WEIGHTS = {"FASTFLOW_BACKBONE_WEIGHTS": ""}  # for another backbone than ResNet18, whose they are
 Name = TypeVar("Name", bound=Hashable)  # of a contender
 
 
@@ -371,11 +372,9 @@ def time_to_model(data: Path, category: str, folder: Path, anomalib: str | None)
         ("eval.py", read),
         ("deploy/export_model.py", ["--format", "onnx", "--save_inference_dir", str(folder / "model/exported")]),
     )
-    resnet18 = os.environ.get("FASTFLOW_BACKBONE_WEIGHTS", "")  # which auto.yaml has no use for
+    resnet18 = os.environ.get("FASTFLOW_BACKBONE_WEIGHTS", "")
     ours = sum(
-        run_command(
-            [sys.executable, str(ROOT / name), *run, *options], folder, {"FASTFLOW_BACKBONE_WEIGHTS": ""}
-        ).seconds
+        run_command([sys.executable, str(ROOT / name), *run, *options], folder, NO_WEIGHTS).seconds
         for name, options in commands
     )
     settings = load_config(config)
@@ -412,7 +411,7 @@ def paper(
     for name in PAPER:
         config, group = f"configs/paper/{name}.yaml", "The paper's configurations"
         size = load_config(ROOT / config).size[0]
-        with started({OURS: Contender(OURS, config, ("ours", config))}) as workers:
+        with started({OURS: Contender(OURS, config, ("ours", config), NO_WEIGHTS)}) as workers:
             worker = workers[OURS]
             step = worker.ask("step", size=size, batch=8, backbone=False, seconds=plan.turn)
             yield Figure(
