@@ -216,6 +216,8 @@ class OpenvinoModel:
             raise UserError(f"--precision {options.precision}: this CPU has none in {self.version}; use fp32")
         self._settings = {
             "INFERENCE_NUM_THREADS": options.threads,
+            # It binds threads to the first cores, where those of another process of few threads would be bound too.
+            "ENABLE_CPU_PINNING": options.threads >= runtime.available_cores(),
             "INFERENCE_PRECISION_HINT": options.precision.replace("fp", "f"),  # its own choice is bf16 where it can
             "PERFORMANCE_HINT": "LATENCY",
         }

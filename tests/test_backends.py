@@ -1,10 +1,12 @@
 """The exported model: the same answer as the trained one, in every runtime."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -163,6 +165,30 @@ def test_the_program_holds_nothing_of_training(exported):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend):
     check(model, load_exported(exported / "model", backend, Options(threads=1, usual_batches=(1, 3))))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_process_of_one_thread_leaves_the_choice_of_the_core_to_the_system(exported, backend):
+    """Else all such processes share the first core; the actors of deploy/score.py did, in OpenVINO."""
+    loaded = load_exported(exported / "model", backend, Options(threads=1))
+    images = batch(8)
+    before, seen = bound_threads(), set()
+    running = threading.Thread(target=lambda: [loaded.run(images) for _ in range(30)])
+    running.start()
+    while running.is_alive():
+        seen |= bound_threads()
+    assert seen <= before
+
+
+def bound_threads():
+    """Of this process, those that may not run on all of its cores."""
+    bound = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            if os.sched_getaffinity(int(thread)) != os.sched_getaffinity(0):
+                bound.add(thread)
+    return bound
 
 
 def test_paddle_without_onednn_agrees_too(model, exported):
