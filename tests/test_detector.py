@@ -1,5 +1,7 @@
 """The API in Python: what it takes and gives, in many threads, with every runtime; a folder that is watched."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -170,9 +172,17 @@ def test_every_runtime_finds_the_same_regions(exported_all):
 # ---- a folder that is watched
 
 
+@contextlib.contextmanager
 def start_watch(exported, *options):
+    """The process, which Ctrl-C ends even where what runs the tests does not heed it; it does not outlive the test."""
     command = [sys.executable, ROOT / "deploy/infer.py", "--save_inference_dir", exported, "--watch", *options]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(list(map(str, command)), preexec_fn=heed, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def lines_of(file, count, seconds=60):

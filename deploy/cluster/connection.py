@@ -61,9 +61,9 @@ def joined(address: str) -> Iterator[None]:
         # A lost machine is told by the commands, in a line; Ray would print forty of its log.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
     except Exception as error:  # ConnectionError, RuntimeError and others
-        advice = "; start one, set RAY_AUTH_MODE as it has it (docs/en/cluster.md), or give --cluster local"
-        advice *= address != "local"
-        raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){advice}") from error
+        advice = "start one, set RAY_AUTH_MODE as it has it (docs/en/cluster.md), or give --cluster local"
+        ending = "" if address == "local" else f"; {advice}"
+        raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){ending}") from error
     finally:
         signal.signal(signal.SIGTERM, terminate)
     try:
