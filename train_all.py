@@ -105,7 +105,7 @@ def main() -> int:
         subprocess.run(tied([script("eval.py"), *cell.options, "-cat", "all", *arguments]), env=environ).returncode
         for cell in cells
     ]
-    if len(cells) > 1:
+    if cells[0].folder:
         print(grid_table(folder, cells))
     return 1 if failures else max(codes)
 

@@ -1,9 +1,9 @@
 """How configurations do on real categories: python -m benchmarks.accuracy --data FOLDER
 
-Runs `train.py` and `eval.py` for each category, configuration and seed, one after the other, and writes
-`accuracy.json`: every epoch of every run, with figures of the test set about every eighth of it, and the evaluation of
-the last one; `python -m benchmarks.tables` makes the table of it. What a run that was cut off had done is kept: it goes
-on where it stopped, and runs that are in `accuracy.json` are not run again; others join them.
+Trains and evaluates each category in a grid of configurations and seeds (`utils/grid.py`), one after the other, and
+writes `accuracy.json`: every epoch of every run, with figures of the test set about every eighth of it, and the
+evaluation of the last one; `python -m benchmarks.tables` makes the table of it. What a run that was cut off had done is
+kept: it goes on where it stopped, and runs that are in `accuracy.json` are not run again; others join them.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from datetime import date
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from datasets.mvtec import hold_out, list_categories, load_category
 from deploy.common.cli import ArgumentParser, UserError, positive_int, run_main
 from deploy.common.files import make_folder, write_text
 from utils.config import load_config
+from utils.grid import Job, make_grid
 
 EVALUATIONS = 8  # of a training, on the test set: those at 50% and 75% of it are what the table shows
 RUN = ("category", "config", "options", "seed", "epochs", "steps")  # what tells one run from another
@@ -69,20 +71,28 @@ def main() -> None:
     categories = find_categories(args.data, args.categories)
     file = make_folder(args.output) / "accuracy.json"
     runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else []
-    for category, data in categories.items():
-        for name in args.configs:
-            for seed in args.seeds:
-                config = load_config(ROOT / f"configs/{name}.yaml", args.options)
-                epochs = args.epochs if config.steps is None else None
-                values = (category, name, args.options, seed, epochs, config.steps)
-                asked = dict(zip(RUN, values, strict=True))
-                done = next((run for run in runs if asked.items() <= run.items()), None)
-                if done:
-                    print(f"{category}, {name}, seed {seed}: measured on {done['date']}, in {file}")
-                    continue
-                runs.append(asked | measure(asked, data))
-                runs.sort(key=lambda run: [str(run[key]) for key in RUN])
-                write_text(file, json.dumps({"runs": runs}, indent=1) + "\n")
+    for (category, data), name in product(categories.items(), args.configs):
+        path = str(ROOT / f"configs/{name}.yaml")
+        config = load_config(path, args.options)
+        pictures = len(hold_out(load_category(data, category).train, config.holdout, config.seed)[0])
+        if config.steps is None:
+            epochs, budget = args.epochs, f"epochs={args.epochs}"
+        else:
+            epochs, budget = math.ceil(config.steps / math.ceil(pictures / config.batch_size)), f"steps={config.steps}"
+        # Whatever the config would choose or stop by: a run has its whole budget.
+        rules = [*args.options, budget, "selection=last", f"eval_interval={max(1, epochs // EVALUATIONS)}"]
+        experiment = Path("accuracy", "-".join([budget, *args.options]))
+        for cell in make_grid([path], args.seeds, rules, str(data), str(experiment)):
+            seed = cell.config.seed
+            values = (category, name, args.options, seed, epochs if config.steps is None else None, config.steps)
+            asked = dict(zip(RUN, values, strict=True))
+            done = next((run for run in runs if asked.items() <= run.items()), None)
+            if done:
+                print(f"{category}, {name}, seed {seed}: measured on {done['date']}, in {file}")
+                continue
+            runs.append({**asked, "pictures": pictures, **measure(Job(category, cell), experiment)})
+            runs.sort(key=lambda run: [str(run[key]) for key in RUN])
+            write_text(file, json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 def find_categories(folders: list[Path], wanted: list[str] | None) -> dict[str, Path]:
@@ -103,31 +113,21 @@ def find_categories(folders: list[Path], wanted: list[str] | None) -> dict[str, 
     return {name: found[name] for name in wanted or found}
 
 
-def measure(asked: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Train and evaluate once, whatever the config would choose or stop by: a run has its whole budget."""
-    category, name, seed = asked["category"], asked["config"], asked["seed"]
-    config = load_config(ROOT / f"configs/{name}.yaml", [*asked["options"], f"seed={seed}"])
-    pictures = len(hold_out(load_category(data, category).train, config.holdout, seed)[0])
-    epochs = asked["epochs"] or math.ceil(config.steps / math.ceil(pictures / config.batch_size))
-    budget = f"{epochs}" if asked["epochs"] else f"{config.steps}s"
-    experiment = "accuracy/" + "-".join([name, str(seed), budget, *asked["options"]])
-    common = ["-cfg", f"configs/{name}.yaml", "-cat", category, "--data", str(data), "--exp_dir", experiment]
-    rules = (f"seed={seed}", "selection=last", f"eval_interval={max(1, epochs // EVALUATIONS)}")
-    for option in (*rules, *asked["options"]):
-        common += ["-o", option]
-    command("train.py", *common, *(["--epochs", str(epochs)] if asked["epochs"] else []), "--resume")
-    command("eval.py", *common, "--is_last")
-    folder = ROOT / "results" / experiment
-    last = json.loads((folder / "eval.json").read_text())["categories"][category]
+def measure(job: Job, experiment: Path) -> dict[str, Any]:
+    """Train and evaluate once, below this folder of results."""
+    words = [*job.cell.options, "-cat", job.category]
+    command("train.py", *words, "--resume")
+    command("eval.py", *words, "--is_last")
+    folder = ROOT / "results" / experiment / job.cell.folder
+    last = json.loads((folder / "eval.json").read_text())["categories"][job.category]
     # Where weights and pictures lie on this machine is nobody's business.
     if last["backbone"]["file"]:
         last["backbone"]["file"] = Path(last["backbone"]["file"]).name
     if last["regions"]:
         del last["regions"]["pictures"]
-    with open(folder / category / "history.csv", newline="") as file:
+    with open(folder / job.category / "history.csv", newline="") as file:
         history = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     made = {
-        "pictures": pictures,
         "date": date.today().isoformat(),
         "machine": describe_machine(),
         "versions": {name: version(name) for name in ("paddlepaddle", "numpy")},

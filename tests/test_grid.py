@@ -24,6 +24,8 @@ def test_one_config_alone_is_trained_where_it_always_was():
     (cell,) = make_grid(CONFIGS[1:], None, [], "data", "exp")
     assert cell.options == ["-cfg", CONFIGS[1], "--data", "data", "--exp_dir", "exp"]
     assert Job("bottle", cell).name == "bottle"
+    (cell,) = make_grid(CONFIGS[1:], [3], [], "data", "exp")  # a grid that other seeds may join
+    assert Job("bottle", cell).name == "resnet18-3/bottle"
 
 
 def test_configs_that_would_share_a_folder_are_refused(tmp_path):

@@ -155,7 +155,7 @@ def test_a_picture_gets_score_label_time_and_heat_map(page):
     shown = scored(page, BAD)
     assert shown.locator("strong").inner_text() in ("Anomaly", "Normal")
     assert re.fullmatch(r"\d+ ms", shown.locator(".time").inner_text())
-    assert shown.locator("img").evaluate("image => image.naturalWidth") == 256
+    expect(shown.locator("img")).to_have_js_property("naturalWidth", 256)
     canvas = shown.locator("canvas")
     assert canvas.evaluate("canvas => [canvas.width, canvas.height]") == [320, 320]
     assert canvas.bounding_box() == shown.locator("img").bounding_box()
@@ -502,8 +502,8 @@ def test_the_camera_takes_a_picture(page):
     expect(page.locator("article .score")).to_have_text(re.compile(r"\d"))
     assert page.locator("h3").inner_text().startswith("camera-")
     page.keyboard.press("Escape")
+    expect(page.locator("#video")).to_have_js_property("srcObject", None)
     expect(page.locator("#camera")).not_to_be_visible()
-    assert page.evaluate("document.getElementById('video').srcObject") is None
 
 
 def test_a_picture_that_the_browser_cannot_show_still_has_its_heat_map(page, tmp_path):
@@ -520,7 +520,7 @@ def test_a_heat_map_that_cannot_be_drawn_holds_nothing_up(page):
         upload(page, BAD)
     expect(page.locator("article .error", has_text="heat map cannot be drawn")).to_have_count(5)
     assert all(re.fullmatch(r"\d\.\d{3}", score) for score in page.locator("article .score").all_inner_texts())
-    assert page.evaluate("sending") == 0
+    page.wait_for_function("sending === 0")
 
 
 def test_the_keyboard_is_enough(page):
@@ -550,7 +550,7 @@ def test_the_keyboard_is_enough(page):
     expect(page.locator("#large")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#large")).not_to_be_visible()
-    assert page.evaluate("document.activeElement.className") == "enlarge"
+    expect(page.locator(".enlarge")).to_be_focused()
 
 
 def test_every_control_has_a_name(page):

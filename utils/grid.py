@@ -21,7 +21,7 @@ class Cell:
 
     config: Config
     config_name: str
-    folder: str  # below the experiment's; empty where the cell is the only one
+    folder: str  # below the experiment's; empty where one config has the seed that it names itself
     options: list[str]  # of train.py and eval.py, without the category
 
 
@@ -58,7 +58,7 @@ def make_grid(
     cells = []
     for file, seed in grid:
         name = Path(file).stem
-        folder = "" if len(grid) == 1 else name if seed is None else f"{name}-{seed}"
+        folder = f"{name}-{seed}" if seed is not None else name if len(grid) > 1 else ""
         own = [*overrides, *([] if seed is None else [f"seed={seed}"])]
         options = ["-cfg", file, "--data", data, "--exp_dir", str(Path(exp_dir, folder)) if folder else exp_dir]
         options += [word for override in own for word in ("-o", override)]
