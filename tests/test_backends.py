@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,12 +203,18 @@ OTHERS = {  # sides of the pictures, settings
 }
 
 
+def overrides_of(name):
+    """The settings of a model with one of them."""
+    (height, width), settings = OTHERS[name]
+    return [f"input_size=[{height},{width}]", f"backbone_name={name}", "channels=null", *settings]
+
+
 @pytest.fixture(scope="module", params=OTHERS)
 def other(request, tmp_path_factory):
     """A model with another backbone, and the folder of its export."""
-    (height, width), settings = OTHERS[request.param]
-    overrides = [f"input_size=[{height},{width}]", f"backbone_name={request.param}", "channels=null", *settings]
-    model = seeded_model([*TINY, *overrides], batch(8, (height, width)), calibrated=True)
+    size, _ = OTHERS[request.param]
+    overrides = overrides_of(request.param)
+    model = seeded_model([*TINY, *overrides], batch(8, size), calibrated=True)
     options = [word for override in overrides for word in ("-o", override)]
     return model, checkpoint_and_export(model, tmp_path_factory.mktemp(request.param), *options)
 
@@ -223,6 +230,16 @@ def test_a_backend_agrees_with_other_backbones_too(other, backend):
         assert ((results[2] > 0.1) & (results[2] < 0.999)).all()
         for actual, result in zip(loaded.run(images), results, strict=True):
             np.testing.assert_allclose(actual, result, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["dinov2_vits14"], indirect=True)
+def test_a_vision_transformer_is_not_exported_for_older_runtimes(other):
+    options = [word for override in overrides_of("dinov2_vits14") for word in ("-o", override)]
+    done = run_export(other[1], "old", "--format", "pdmodel", *options)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --format pdmodel: Paddle \S+ cannot write \w+ into a program .*\n", done.stderr)
+    assert not list((other[1] / "old").iterdir())
 
 
 # ---- a score from more than one pixel
@@ -462,11 +479,16 @@ def test_an_export_leaves_nothing_of_another_format(exported):
 PADDLE_2 = paddle.__version__.startswith("2.")
 
 
-def export_old(folder, target, *options, **environment):
+def run_export(folder, target, *options, **environment):
     """An export in a process of its own: which form programs have is decided as paddle is imported."""
     command = [sys.executable, ROOT / "deploy/export_model.py", "-cfg", ROOT / "configs/resnet18.yaml", *OVERRIDES]
     command += ["-cat", "bottle", "--save_inference_dir", folder / target, *options]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def export_old(folder, target, *options, **environment):
+    """The folder of such an export."""
+    done = run_export(folder, target, *options, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return folder / target
 

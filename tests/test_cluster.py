@@ -218,6 +218,14 @@ def test_a_folder_of_pictures_that_vanishes_ends_the_run_in_a_line(driver, expor
         answer(actor.score.remote(paths[2:4]))
 
 
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1"])
+def test_a_cluster_that_is_not_there_is_told_with_what_to_do(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    told = f"--cluster {address}: no Ray cluster could be joined .*start one, set RAY_AUTH_MODE as it has it .*"
+    with pytest.raises(UserError, match=told), joined(address):
+        pass
+
+
 def test_what_is_started_here_listens_on_the_loopback_interface_only(tmp_path):
     environ = {name: value for name, value in os.environ.items() if name not in LOOPBACK_ONLY}
     code = [sys.executable, "-c", LISTENING]

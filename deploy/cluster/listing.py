@@ -15,7 +15,8 @@ from pyarrow import fs
 from deploy.common.cli import UserError
 from deploy.common.imaging import SUFFIXES, matches, named_like_image
 
-BLOCK = 65_536  # paths that are looked at together; 5 to 10 MB of them are in memory
+BLOCK = 16_384  # paths that are looked at together
+READ_AHEAD = 256 * 2**10  # bytes of a CSV file; pyarrow keeps many times as much in memory
 
 
 def blocks(source: str, column: str) -> Iterator[list[str]]:
@@ -118,7 +119,8 @@ def _listed(system: fs.FileSystem, path: str, column: str) -> Iterator[str]:
                 batches = pa.parquet.ParquetFile(file).iter_batches(BLOCK, columns=[column])
             else:
                 convert = pa.csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
-                batches = pa.csv.open_csv(file, convert_options=convert)
+                how = pa.csv.ReadOptions(use_threads=False, block_size=READ_AHEAD)
+                batches = pa.csv.open_csv(file, how, convert_options=convert)
             for batch in batches:
                 yield from (path or "" for path in batch.column(column).cast(pa.string()).to_pylist())
     except KeyError as error:
