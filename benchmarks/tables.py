@@ -107,6 +107,7 @@ def with_tables(text: str, language: str) -> str:
         "speed_avx2": (speed, "avx2/results.json"),
         "exported": (exported, "avx2/results.json"),
         "accuracy": (accuracy, "accuracy.json"),
+        "subnets": (subnets, "accuracy.json"),
         "fall": (fall, "accuracy.json"),
         "paper": (paper, "paper/results.json"),
     }
@@ -214,11 +215,29 @@ def _where(results: dict[str, Any], language: str) -> str:
 
 
 def accuracy(results: dict[str, Any], language: str) -> list[str]:
-    """A row a category and configuration: means over the seeds, and the lowest and highest of the last epochs.
+    """The runs of configurations as they are, or with options other than those of `subnets`; see `_by_config`.
 
     Args:
         results: the content of accuracy.json.
     """
+    return _by_config([run for run in results["runs"] if not _of_subnets(run)], language)
+
+
+def subnets(results: dict[str, Any], language: str) -> list[str]:
+    """The runs that ask for one subnet a step or for two.
+
+    Args:
+        results: the content of accuracy.json.
+    """
+    return _by_config([run for run in results["runs"] if _of_subnets(run)], language)
+
+
+def _of_subnets(run: dict[str, Any]) -> bool:
+    return any(option.startswith("share_subnet=") for option in run["options"])
+
+
+def _by_config(measured: Sequence[dict[str, Any]], language: str) -> list[str]:
+    """A row a category and configuration: means over the seeds, and the lowest and highest of the last epochs."""
     heads = {
         "en": (
             "category (pictures to learn from)",
@@ -245,7 +264,7 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
     }[language]
     lines = [f"| {' | '.join(heads)} |", "| :-- | :-- | :-- |" + " :-: |" * (len(heads) - 3)]
     rows = {}
-    for run in results["runs"]:
+    for run in measured:
         rows.setdefault(
             (run["category"], run["config"], tuple(run["options"]), run["epochs"], run["steps"]), []
         ).append(run)
@@ -267,7 +286,7 @@ def accuracy(results: dict[str, Any], language: str) -> list[str]:
             f"{sum(seconds) / len(seconds) / 60:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", _origin(results["runs"], language)]
+    return [*lines, "", _origin(measured, language)]
 
 
 def fall(results: dict[str, Any], language: str) -> list[str]:

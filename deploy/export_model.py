@@ -187,6 +187,7 @@ def write_program(form: "InferenceForm", size: tuple[int, int], folder: Path) ->
             raise
         raise UserError(
             f"--format pdmodel: Paddle {paddle.__version__} cannot write {lacking[1]} into a program of the older form"
+            "; give --format paddle or onnx"
         ) from error
     # Under other names than ours; where the last array ends too soon, Paddle reads it nevertheless.
     ours = {array_sha256(value) for value in (*form.parameters(), *form.buffers())}

@@ -42,7 +42,8 @@ class Attention(nn.Layer):
             part.reshape([-1, n, self.heads, c // self.heads]).transpose([0, 2, 1, 3])  # (B, heads, N, C / heads)
             for part in paddle.split(self.qkv(x), 3, axis=-1)
         )
-        # Paddle's scaled_dot_product_attention computes the same on a CPU, no sooner.
+        # Paddle's scaled_dot_product_attention computes the same on a CPU, no sooner: of DeiT at 384x384 in 31 to 32 ms
+        # on one core, this in 30 to 32. Not measured on a GPU.
         weights = self.weights(paddle.matmul(q * (c // self.heads) ** -0.5, k, transpose_y=True))
         return self.proj(paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([-1, n, c]))
 
@@ -178,23 +179,24 @@ def own_arrays(layer: TransformerFeatures, weights: dict[str, Any]) -> dict[str,
     The embeddings of places are resized to the layer's grid, as timm does it: bicubic, with antialiasing. In DINOv2's
     own files with registers (`register_tokens`) the class token has a place, in timm's it is added already.
     """
-    weights = dict(weights)
+    weights, channels = dict(weights), layer.norm.weight.shape[0]
     if "register_tokens" in weights:
         weights["reg_token"] = weights.pop("register_tokens")
-        if all(is_tokens(weights.get(name)) for name in ("cls_token", "pos_embed")):
+        if all(is_tokens(weights.get(name), channels) for name in ("cls_token", "pos_embed")):
             first, weights["pos_embed"] = np.split(weights["pos_embed"], [1], axis=1)
             weights["cls_token"] = weights["cls_token"] + first
     places = weights.get("pos_embed")
-    if is_tokens(places):
+    if is_tokens(places, channels):
         first, patches = np.split(np.asarray(places, np.float32), [layer.placed], axis=1)
         side = math.isqrt(patches.shape[1])
-        if side**2 == patches.shape[1] and (side, side) != layer.grid:  # a square number of patches is a square
+        if side and side**2 == patches.shape[1] and (side, side) != layer.grid:  # a square number is a square
             rows, columns = (bicubic_matrix(side, to) for to in layer.grid)
             grid = np.einsum("hi,wj,ijc->hwc", rows, columns, patches.reshape(side, side, -1), optimize=True)
             weights["pos_embed"] = np.concatenate([first, grid.reshape(1, -1, grid.shape[2])], axis=1)
     return weights
 
 
-def is_tokens(value: Any) -> bool:
-    """Whether it is an array of numbers (1, N, C)."""
-    return isinstance(value, np.ndarray) and value.ndim == 3 and len(value) == 1 and value.dtype.kind == "f"
+def is_tokens(value: Any, channels: int) -> bool:
+    """Whether it is an array of numbers (1, N, channels)."""
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    return numbers and value.ndim == 3 and value.shape[::2] == (1, channels)

@@ -121,6 +121,17 @@ def test_a_checkpoint_belongs_to_its_subnets(tmp_path, config, trained):
     assert load_model(other, tmp_path / "best.pdparams", [])[0].config.share_subnet == trained
 
 
+def test_a_published_file_is_no_model_of_two_subnets(config, source, state, tmp_path):
+    """Its second subnets, which nothing was learnt by, have all the names and shapes that such a model asks for."""
+    two = dataclasses.replace(config, share_subnet=False)
+    names = published_state(FastFlow(two))
+    second = {name: names[name] for name in names if ".subnet_2." in name}
+    save_checkpoint(tmp_path / "best.pdparams", {"epoch": 0, "model_state_dict": state | second})
+    load_model(config, tmp_path / "best.pdparams")
+    with pytest.raises(UserError, match="trained with share_subnet True, the config says False"):
+        load_model(two, tmp_path / "best.pdparams")
+
+
 def test_tensors_and_other_floats_are_taken(target, state):
     changed = state | {"norms.0.weight": state["norms.0.weight"].astype(np.float64)}
     changed["norms.0.bias"] = paddle.to_tensor(state["norms.0.bias"])

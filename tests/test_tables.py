@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks.inputs import ROOT
-from benchmarks.tables import BLOCK, PAGES, accuracy, at, exported, fall, overview, speed, with_tables
+from benchmarks.tables import BLOCK, PAGES, accuracy, at, exported, fall, overview, speed, subnets, with_tables
 from deploy.common.cli import UserError
 
 
@@ -16,7 +16,7 @@ def test_the_tables_are_those_of_the_results(page, language):
         "accuracy.md": ["accuracy", "fall"],
         "benchmarks/README.md": ["speed", "speed_avx2", "exported"],
         "README": ["overview"],
-        "backbones.md": ["paper"],
+        "backbones.md": ["paper", "subnets"],
     }
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [match[1] for match in BLOCK.finditer(text)] == next(names for part, names in tables.items() if part in page)
@@ -109,6 +109,12 @@ def test_the_table_of_accuracy_has_a_row_a_category_and_config():
     ]
     assert lines[4:] == ["", "today, a CPU, backbone weights x.npz."]
     assert "| 15 步 | 1 | 0.300 | – |" in accuracy({"runs": runs}, "zh")[3]
+    one, two = (a_run(some_history(0.5), options=[f"share_subnet={shared}"]) for shared in (True, False))
+    assert accuracy({"runs": [*runs, one, two]}, "en") == lines
+    assert [line.split(" | ")[0] for line in subnets({"runs": [*runs, one, two]}, "en")[2:4]] == [
+        "| crops (36), `share_subnet=True`",
+        "| crops (36), `share_subnet=False`",
+    ]
 
 
 def test_the_table_of_the_fall_has_every_twentieth_epoch_over_the_seeds():

@@ -148,10 +148,20 @@ def test_what_is_missing_or_unused_is_named_in_one_line(tmp_path, lacking):
 def test_another_transformers_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="reg_token is missing; pos_embed has shape"):
         loaded(REGISTERS, tmp_path, timms(DINO))
-    for wrong in (np.zeros((1, 1369, 7), np.float32), np.zeros((1, 9, 384), np.int32), np.zeros(5, np.float32), "text"):
-        paddle.save(timms(REGISTERS) | {"pos_embed": wrong}, str(tmp_path / "w.pdparams"))
-        with pytest.raises(UserError, match="pos_embed"):
-            load(REGISTERS, tmp_path / "w.pdparams")
+    floats = [np.zeros(shape, np.float32) for shape in ((1, 1369, 7), (1, 0, 384), 5)]
+    for name, others in ((REGISTERS, []), (DINO, [np.zeros((1, 1, 384), np.float32)])):
+        for wrong in (*floats, np.zeros((1, 9, 384), np.int32), "text", *others):
+            paddle.save(timms(name) | {"pos_embed": wrong}, str(tmp_path / "w.pdparams"))
+            with pytest.raises(UserError, match="pos_embed"):
+                load(name, tmp_path / "w.pdparams")
+    narrow = {"register_tokens": np.zeros((1, 4, 384), np.float32), "cls_token": np.zeros((1, 1, 383), np.float32)}
+    with pytest.raises(UserError, match="cls_token has shape"):
+        loaded(REGISTERS, tmp_path, timms(DINO) | narrow)
+
+
+def test_a_prefix_that_does_not_belong_can_be_seen(tmp_path):
+    with pytest.raises(UserError, match=r"is missing; backbone\.\S+ is not part of this model; .* and \d+ more"):
+        loaded(DINO, tmp_path, {f"backbone.{name}": value for name, value in timms(DINO).items()})
 
 
 # ---- what the config says

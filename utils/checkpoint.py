@@ -244,7 +244,8 @@ def fill_model(model: FastFlow, config: Config, checkpoint: dict[str, Any], path
     Raises:
         UserError: it is of another architecture, or was trained under settings of the model that the config changes.
     """
-    trained = {**config.as_dict(), **checkpoint.get("config", {})}  # published files do not say
+    # Published files do not say; their steps have one subnet, and another one that is never used.
+    trained = {**config.as_dict(), "share_subnet": True, **checkpoint.get("config", {})}
     wanted = config.as_dict()
     changed = [key for key in MODEL_KEYS if _meaning(key, trained) != _meaning(key, wanted)]
     advice = "".join(

@@ -30,6 +30,7 @@ VARIABLE_OF_ONE = "FASTFLOW_WEIGHTS_"  # before the name of a backbone, in capit
 DOWNLOAD_TIMEOUT = 5  # seconds without an answer
 DOWNLOAD_DEADLINE = 300  # seconds in all
 CALIBRATION_IMAGES = 16
+NAMED = 3  # of weights that are missing, and of others that do not fit; the rest is counted
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = ".pdparams, .npz or .safetensors, or torch's .pth, .pt or .bin"
 SAFETENSORS = {
@@ -53,7 +54,7 @@ OFFLINE_WARNING = f"""\
 !! NO IMAGENET WEIGHTS: the backbone is an offline start made from fixed-seed filters.
 !! Accuracy figures mean NOTHING until the real weights are given: with --backbone_weights FILE or
 !! {VARIABLE}=FILE ({SUFFIXES}),
-!! or by training with internet access.
+!! or, of a ResNet, by training with internet access.
 {RULER}"""
 
 
@@ -250,7 +251,8 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
     if not isinstance(state, Mapping):
         raise UserError(f"{source}: holds no named weights")
     own = layer.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in state]
+    missing = [f"{name} is missing" for name in own if name not in state]
+    problems = []
     values = {}
     for name, value in state.items():
         if name not in own:
@@ -262,9 +264,11 @@ def set_state(layer: nn.Layer, state: Mapping[str, np.ndarray], source: str) -> 
         else:
             with np.errstate(over="ignore"):  # to infinity, which is refused below
                 values[name] = np.asarray(value, np.float32)
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{source}: does not fit this model: {'; '.join(problems[:5])}{more}")
+    if missing or problems:
+        shown = [*missing[:NAMED], *problems[:NAMED]]
+        left = len(missing) + len(problems) - len(shown)
+        more = f" and {left} more" if left else ""
+        raise UserError(f"{source}: does not fit this model: {'; '.join(shown)}{more}")
     for name, value in values.items():  # in a backbone a ReLU may hide it
         if not np.isfinite(value).all():
             raise UserError(f"{source}: {name} holds numbers that are not finite: damaged, or of a diverged training")
