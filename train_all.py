@@ -46,8 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cluster", type=cluster, help="train on a Ray cluster: auto, local or ray://HOST:10001 (docs/en/cluster.md)"
     )
-    parser.add_argument("--cpus", type=positive_int, default=1, help="with --cluster: a category's cores (%(default)s)")
+    parser.add_argument("--cpus", type=positive_int, help="with --cluster: a category's cores (1)")
     args = parser.parse_args()
+    if args.cpus and not args.cluster:
+        parser.error("argument --cpus: means nothing without --cluster; OMP_NUM_THREADS sets the threads")
     try:
         args.gpus = non_negative_float(args.gpus or "0") if args.cluster else args.gpus and cards(args.gpus)
     except argparse.ArgumentTypeError as error:
@@ -58,8 +60,8 @@ def parse_args() -> argparse.Namespace:
 def cards(text: str) -> list[str]:
     """The names of cards in an option, as CUDA_VISIBLE_DEVICES has them."""
     names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"must be the numbers of cards, such as 0,1, not {text!r}")
+    if not all(re.fullmatch(r"\d+|(GPU|MIG)-.+", name) for name in names):
+        raise argparse.ArgumentTypeError(f"without --cluster must be the numbers of cards, such as 0,1, not {text!r}")
     return names
 
 
@@ -86,7 +88,7 @@ def main() -> int:
             from utils.cluster_runs import ClusterRuns  # which imports Ray
 
             devices: list[str | None] = [None]
-            runs: Runs = ClusterRuns(args.cpus, args.gpus, args.jobs)
+            runs: Runs = ClusterRuns(args.cpus or 1, args.gpus, args.jobs)
         runtime.import_paddle()  # before anything imports paddle
         if not args.cluster:
             devices = choose_devices(args.gpus, args.jobs)[: len(jobs)]

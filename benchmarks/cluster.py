@@ -34,8 +34,8 @@ def scoring(exported: Path, source: Path, pictures: int, paths: Sequence[int], f
         exported: a model with its ONNX form.
         source: a folder of pictures, each of which stands for many.
         pictures: how many to score.
-        paths: lengths of lists, whose driver's memory is measured. The pictures in them are not there, so that a
-            million are a matter of minutes.
+        paths: lengths of lists, whose driver's memory is measured. The pictures in them, but for the first, are not
+            there, so that a million are a matter of minutes.
         folder: where all is written.
     """
     own = make_folder(folder / "pictures"), make_folder(folder / "few")
@@ -66,8 +66,8 @@ def scoring(exported: Path, source: Path, pictures: int, paths: Sequence[int], f
         listed = folder / f"{count}.csv"
         with open(listed, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["path"])
-            writer.writerows([f"/archive/camera-{i % 40:02d}/2026-11-28/picture-{i:09d}.png"] for i in range(count))
+            writer.writerows([["path"], [originals[0]]])
+            writer.writerows([f"/archive/camera-{i % 40:02d}/2026-11-28/picture-{i:09d}.png"] for i in range(1, count))
         peak = folder / f"{count}.txt"
         words = [*model, "--input", str(listed), "--output", str(folder / f"list-{count}"), "--actors", "1"]
         finished = run_command([sys.executable, "-c", DRIVER, str(peak), *words], folder, {"PYTHONPATH": str(ROOT)})

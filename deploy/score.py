@@ -96,12 +96,12 @@ def main() -> int:
     model = checksum(folder)
     if args.where and not model.startswith(args.where):
         raise UserError(f"--where model={args.where}: the model in {folder} is {model[:16]}")
-    with Parts(Path(args.output)) as parts:
-        seen = parts.seen(model if args.where else None)
-        listed, left = count(blocks(args.input, args.column), Seen(seen.digests))
-        print(f"model {model[:16]}: {left} of {listed} pictures to score, the others are in {parts.folder}", flush=True)
-        if left:
-            score(args, folder, model, (seen.fresh(block) for block in blocks(args.input, args.column)), left, parts)
+    parts = Parts(Path(args.output))
+    seen = parts.seen(model if args.where else None)
+    listed, left = count(blocks(args.input, args.column), Seen(seen.digests))
+    print(f"model {model[:16]}: {left} of {listed} pictures to score, the others are in {parts.folder}", flush=True)
+    if left:
+        score(args, folder, model, (seen.fresh(block) for block in blocks(args.input, args.column)), left, parts)
     return 0
 
 
@@ -128,14 +128,17 @@ def score(
     try:
         with joined(args.cluster):
             start = starter(folder, detector_options(args), model, args.cpus, args.gpus)
-            actors = args.actors or places(args.cpus, args.gpus)
-            with progress(total) as bar:
-                for rows in score_all(start, actors, model, pieces(fresh, BATCHES * args.batch_size)):
-                    parts.add(rows)
-                    bar.update(len(rows))
-                    broken += sum("error" in row for row in rows)
-                    scored += len(rows)
-                seconds = bar.format_dict["elapsed"]
+            room = places(args.cpus, args.gpus)
+            try:
+                with progress(total) as bar:
+                    for rows in score_all(start, args.actors or room, model, pieces(fresh, BATCHES * args.batch_size)):
+                        parts.add(rows)
+                        bar.update(len(rows))
+                        broken += sum("error" in row for row in rows)
+                        scored += len(rows)
+                    seconds = bar.format_dict["elapsed"]
+            finally:
+                parts.write()  # before Ray ends, which may end this process where the cluster is gone
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
             f"{scored} more pictures are in {parts.folder}; the same command goes on"

@@ -3,6 +3,7 @@
 `make test-cluster` installs Ray and runs these; without it they are skipped.
 """
 
+import argparse
 import contextlib
 import csv
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cluster.connection import LOOPBACK_ONLY, answer, joined, places
+from deploy.cluster.connection import cluster as cluster_option
 from deploy.common.cli import UserError
 
 os.environ.update(LOOPBACK_ONLY)  # before Ray is imported, which reads it then
@@ -26,6 +28,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from deploy.cluster.scoring import DEATHS, VAIN_STARTS, checksum, score_all, starter  # noqa: E402
 from deploy.detector import Detector  # noqa: E402
+from utils.cluster_runs import ClusterRuns  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = sorted((ROOT / "lite_data/bottle/test").rglob("*.png"))
@@ -175,10 +178,10 @@ def deadly(path):
             if path == "at once":
                 os._exit(1)
 
-        def score(self, paths):
+        def score(self, paths, readable):
             if path in paths:
                 os._exit(1)
-            return [{"path": path} for path in paths]
+            return [{"path": path, "sha256": "00"} for path in paths]
 
     return Deadly.remote
 
@@ -211,19 +214,75 @@ def test_a_folder_of_pictures_that_vanishes_ends_the_run_in_a_line(driver, expor
     answer(actor.load.remote())
     pictures.joinpath("missing.png").touch()
     missing = str(pictures / "missing.png")
-    rows = answer(actor.score.remote([paths[0], f"{missing}.not", paths[1]]))
-    assert ["error" in row for row in rows] == [False, True, False]
+    rows = answer(actor.score.remote([f"{missing}.not", paths[0], f"{missing}.not", paths[1]], ""))
+    assert ["error" in row for row in rows] == [True, False, True, False]
     shutil.rmtree(pictures)
-    with pytest.raises(UserError, match="gone"):
-        answer(actor.score.remote(paths[2:4]))
+    with pytest.raises(UserError, match="not there on"):
+        answer(actor.score.remote(paths[2:4], paths[0]))
+
+
+@pytest.mark.parametrize("read", [[], ["9"], ["0"]])
+def test_pictures_are_missing_where_others_can_be_read(driver, read):
+    @ray.remote
+    class Reader:
+        def load(self):
+            pass
+
+        def score(self, paths, readable):
+            return [{"path": path, **({"sha256": "00"} if path in read else {"error": "missing"})} for path in paths]
+
+    scored = score_all(Reader.remote, 2, "m", ((f"{2 * i}", f"{2 * i + 1}") for i in range(5)))
+    if read:
+        rows = [row for rows in scored for row in rows]
+        assert sorted(row["path"] for row in rows) == sorted("0123456789")
+        assert [row["path"] for row in rows if "error" not in row] == read
+    else:
+        with pytest.raises(UserError, match="cannot be read, nor can 9 others, and not one was"):
+            list(scored)
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1"])
 def test_a_cluster_that_is_not_there_is_told_with_what_to_do(address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert cluster_option(address) == address
     told = f"--cluster {address}: no Ray cluster could be joined .*start one, set RAY_AUTH_MODE as it has it .*"
     with pytest.raises(UserError, match=told), joined(address):
         pass
+
+
+@pytest.mark.parametrize("address", ["ray://", "ray://host", "ray://host:port", "10.0.0.1:6379"])
+def test_what_is_no_cluster_is_told(address):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be auto, local or ray://HOST:10001"):
+        cluster_option(address)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_start_leaves_no_process(number, exported, tmp_path):
+    words = ["deploy/score.py", "--save_inference_dir", exported, "--input", PICTURES[0].parent]
+    command = [sys.executable, *map(str, words), "--output", str(tmp_path / "out"), "--cluster", "local"]
+    environ = {**os.environ, "STARTED_BY": str(tmp_path)}  # its processes have it too
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: marked(tmp_path) - {process.pid})
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.splitlines()[:1] == ["error: interrupted"] * (number == signal.SIGINT), err
+    wait_for(lambda: not marked(tmp_path), seconds=10)
+
+
+def marked(folder):
+    """The processes that have this folder in their environment."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"STARTED_BY={folder}".encode() in (process / "environ").read_bytes():
+                found.add(int(process.name))
+    return found
+
+
+def test_more_than_any_machine_has_is_refused_at_once(driver):
+    with pytest.raises(UserError, match="--cpus 9 --gpus 0: no machine of the cluster has that many"):
+        ClusterRuns(9, 0, jobs=1)
 
 
 def test_what_is_started_here_listens_on_the_loopback_interface_only(tmp_path):

@@ -37,6 +37,8 @@ def test_folders_patterns_and_lists(pictures, tmp_path, monkeypatch):
     assert set(listed(pictures)) == two
     assert set(listed(pictures.as_uri())) == {(pictures / name).as_uri() for name in ("a.png", "b.JPG")}
     assert listed(pictures / "a.png") == [str(pictures / "a.png")]
+    assert listed((pictures / "a.png").as_uri()) == [(pictures / "a.png").as_uri()]
+    assert listed(pictures.as_uri() + "/*.png") == [(pictures / "a.png").as_uri()]
     monkeypatch.chdir(tmp_path)
     assert set(listed("pictures")) == two
     assert set(listed("pictures/**/*.png")) == {str(pictures / "a.png"), str(pictures / "below/c.png")}
@@ -60,12 +62,16 @@ def test_folders_patterns_and_lists(pictures, tmp_path, monkeypatch):
         ("other.parquet", "no column path; --column"),
         ("empty.csv", "cannot be read"),
         ("what://bucket/folder", "cannot be read"),
+        ("notes.txt", "it is no picture, and no list"),
+        ("wide.csv", "a row is longer than 256 KB"),
     ],
 )
 def test_what_is_no_list_is_told(source, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.csv").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "wide.csv").write_text(f"path,note\na.png,\nb.png,{'x' * 600_000}\n")
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     parquet.write_table(pa.table({"a": ["x"]}), "other.parquet")
@@ -81,7 +87,22 @@ def test_a_long_list_is_not_held(tmp_path):
     assert sum(map(len, blocks(str(path), "path"))) == 300_000
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert held < 25e6  # a block of 65,536 paths takes 5 MB, and comes in three forms
+    assert held < 6e6  # a block of 16,384 paths takes 1.3 MB, and comes in three forms
+
+
+@pytest.mark.parametrize("name", ["c d.png", "a%20b.png", "e#f?g.png", "ü.png", "n\udcff.png"])
+def test_any_name_can_be_read(name, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / name).write_bytes(b"content")
+    sources = [str(folder)] if "\udcff" in name else [str(folder), folder.as_uri()]  # URIs have no such name
+    for source in sources:
+        (path,) = listed(source)
+        assert read(path) == b"content"
+        assert listing.is_there(path)
+        (folder / name).rename(tmp_path / "away")
+        assert not listing.is_there(path)
+        (tmp_path / "away").rename(folder / name)
 
 
 def test_only_files_are_read(pictures, tmp_path):
@@ -118,12 +139,13 @@ def row(path, model="m", **more):
 
 def test_parts_are_added_and_read_again(tmp_path):
     region = {"box": [1, 2, 3, 4], "area": 5, "centre": [1.5, 2.5], "highest": 0.9, "mean": 0.8}
-    with Parts(tmp_path / "out") as out:
-        out.add([row("a", score=0.5, label="Normal", size=[2, 3], regions=[region], sha256="00")])
-        with pytest.raises(UserError, match="is at work there"):
-            Parts(tmp_path / "out")
-        out.write()
-        out.add([row("b", error="b: broken")])
+    out = Parts(tmp_path / "out")
+    out.add([row("a", score=0.5, label="Normal", size=[2, 3], regions=[region], sha256="00")])
+    with pytest.raises(UserError, match="is at work there"):
+        Parts(tmp_path / "out")
+    out.write()
+    out.add([row("b", error="b: broken")])
+    out.write()
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         "part-000001.parquet",
         "part-000002.parquet",
@@ -147,14 +169,18 @@ def test_a_part_is_written_when_it_is_long_or_old_enough(tmp_path, monkeypatch):
 
 def test_what_was_scored_by_which_model(tmp_path):
     folder = tmp_path / "out"
-    with Parts(folder) as out:
-        out.add([row("a"), row("b"), row("b", "other")])
+    out = Parts(folder)
+    out.add([row("a"), row("b"), row("b", "other")])
+    out.write()
     (folder / "renamed.parquet").write_bytes((folder / "part-000001.parquet").read_bytes())
     (folder / "part-000001.parquet").unlink()
     assert out.seen(None).fresh(["a", "b", "c"]) == ["c"]
     assert out.seen("other").fresh(["a", "b", "c"]) == ["a", "c"]
     (folder / "part-000007.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"part-000007\.parquet: is no part"):
+        out.seen(None)
+    parquet.write_table(pa.table({"path": ["c"], "model": ["m"]}), folder / "part-000007.parquet")
+    with pytest.raises(UserError, match="it has no sha256, size, score, label, regions, error"):
         out.seen(None)
 
 
@@ -166,14 +192,16 @@ def test_a_disk_that_is_full_or_gone_is_told_and_costs_no_part(hazard, tmp_path,
         Path(name).write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError) as error, Parts(folder) as out:
-        out.add([row("a")])
+    out = Parts(folder)
+    out.add([row("a")])
+    out.write()
+    if hazard == "full":
+        monkeypatch.setattr(listing.pa.parquet, "write_table", write)
+    else:
+        folder.rename(tmp_path / "away")
+    out.add([row("b")])
+    with pytest.raises(UserError) as error:
         out.write()
-        if hazard == "full":
-            monkeypatch.setattr(listing.pa.parquet, "write_table", write)
-        else:
-            folder.rename(tmp_path / "away")
-        out.add([row("b")])
     assert ("No space left" if hazard == "full" else "is no longer there") in str(error.value)
     left = tmp_path / ("out" if hazard == "full" else "away")
     assert [path.name for path in left.iterdir() if not path.name.startswith(".lock")] == ["part-000001.parquet"]

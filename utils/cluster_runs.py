@@ -104,11 +104,13 @@ class ClusterRun:
         while not self.begun:
             self.actor = self._runs.hire()
             try:
-                machine = answer(
-                    self.actor.begin.remote(
-                        [*self._words, *again], Path.cwd(), self._folder, self._runs.environ, self._runs.cpus
-                    )
+                started = self.actor.begin.remote(
+                    [*self._words, *again], Path.cwd(), self._folder, self._runs.environ, self._runs.cpus
                 )
+                while not ray.wait([started], timeout=ASKED)[0]:  # for room; all may be stopped meanwhile
+                    if self._runs.stopped:
+                        raise UserError("stopped")
+                machine = answer(started)
             except RayError as error:
                 self._lost(error)
             else:
@@ -147,7 +149,8 @@ class ClusterRuns:
         Raises:
             UserError: there is room for none.
         """
-        self.places = jobs or places(cpus, gpus)
+        room = places(cpus, gpus)
+        self.places = jobs or room
         self.cpus = cpus
         self.stopped = False
         self.environ = {name: value for name, value in os.environ.items() if name.startswith("FASTFLOW_")}

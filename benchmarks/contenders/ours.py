@@ -66,7 +66,8 @@ class Ours:
         return peak_memory()
 
     def save(self, file: str) -> None:
-        save_checkpoint(Path(file), {"epoch": 0, "model_state_dict": published_state(self._model)})
+        content = {"epoch": 0, "model_state_dict": published_state(self._model), "config": self._config.as_dict()}
+        save_checkpoint(Path(file), content)
 
     def evaluate(self, count: int, seconds: float) -> dict[str, Any]:
         self._use(256)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import socket
 import warnings
@@ -24,7 +25,7 @@ OBJECTS = 100 * 2**20  # bytes for what goes between processes: paths, rows and 
 
 def cluster(text: str) -> str:
     """Type of --cluster."""
-    if text not in ("auto", "local") and not text.startswith("ray://"):
+    if not re.fullmatch(r"auto|local|ray://[^/]+:\d+", text):
         raise argparse.ArgumentTypeError(f"must be auto, local or ray://HOST:10001, not {text!r}")
     return text
 
@@ -45,28 +46,26 @@ def joined(address: str) -> Iterator[None]:
         os.environ.update(LOOPBACK_ONLY)
     with importing(f"--cluster {address}"):
         import ray
+    # Its handler of SIGTERM would end this process, its own processes left alone.
+    ray._private.utils.set_sigterm_handler = lambda _: None
     options = {"logging_level": "error", "log_to_driver": False}
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # a copy of this repository on every machine
     if address == "local":
         options |= {"num_cpus": runtime.available_cores(), "include_dashboard": False, "object_store_memory": OBJECTS}
-    terminate = signal.getsignal(signal.SIGTERM)  # for which Ray has a handler of its own
     try:
-        if address == "auto":
-            _check_there_is_one()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Ray's client, which raises an error as well
-            if address == "local":
-                ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # the switch, if Ray was imported before
-            ray.init(address, **options)
-        # A lost machine is told by the commands, in a line; Ray would print forty of its log.
-        ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    except Exception as error:  # ConnectionError, RuntimeError and others
-        advice = "start one, set RAY_AUTH_MODE as it has it (docs/en/cluster.md), or give --cluster local"
-        ending = "" if address == "local" else f"; {advice}"
-        raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){ending}") from error
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
-    try:
+        try:
+            _check_there_is_one(address)
+            with _uninterrupted(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Ray's client, which raises an error as well
+                if address == "local":
+                    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # the switch, if Ray was imported before
+                ray.init(address, **options)
+            # A lost machine is told by the commands, in a line; Ray would print forty of its log.
+            ray._private.worker.print_to_stdstream = lambda *_, **__: None
+        except Exception as error:  # ConnectionError, RuntimeError and others
+            advice = "start one, set RAY_AUTH_MODE as it has it (docs/en/cluster.md), or give --cluster local"
+            ending = "" if address == "local" else f"; {advice}"
+            raise UserError(f"--cluster {address}: no Ray cluster could be joined ({error}){ending}") from error
         if address == "local":
             _check_it_is_closed()
         yield
@@ -89,14 +88,44 @@ def _check_it_is_closed() -> None:
         raise UserError(f"--cluster local: this version of Ray listens on {node}; {INSTALL}")
 
 
-def _check_there_is_one() -> None:
-    """Raise an OSError if nothing listens where the cluster of this machine should be: Ray would try for minutes."""
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM wait: Ray that is interrupted while it starts leaves processes, or crashes."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
+def _check_there_is_one(address: str) -> None:
+    """Raise an OSError if nothing listens where this cluster should be: Ray would try for half a minute and longer."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    address = canonicalize_bootstrap_address("auto")
-    if address and address != "auto":
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT).close()
+    if address == "auto":
+        address = canonicalize_bootstrap_address(address) or ""
+    place = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if place:
+        socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=WAIT).close()
+
+
+def check_it_is_there() -> None:
+    """Raise a UserError if the cluster that this process drives is gone; of a ray:// one its client tells."""
+    import ray
+
+    if ray.util.client.ray.is_connected():
+        return
+    try:
+        _check_there_is_one(ray.get_runtime_context().gcs_address)
+    except (OSError, ray.exceptions.RayError) as error:
+        raise UserError(f"the Ray cluster is gone ({error}); when it is there, the same command goes on") from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +25,9 @@ def blocks(source: str, column: str) -> Iterator[list[str]]:
     """The paths of the pictures, in blocks. Those of this machine are absolute, others are URIs; some may come twice.
 
     Args:
-        source: a folder, a picture, a pattern, or a file .parquet or .csv with a column of paths; or the URI of a
-            folder, a picture or such a file in what pyarrow has file systems for (s3://, gs://, hdfs://, file://).
+        source: a folder, a picture, a pattern, or a file .parquet or .csv with a column of paths; or the URI of one of
+            these in what pyarrow has file systems for (s3://, gs://, hdfs://, file://), a pattern with * in its last
+            part alone.
         column: of such a file.
 
     Raises:
@@ -46,17 +49,24 @@ def read(path: str) -> bytes:
     Raises:
         OSError, ValueError: it cannot be read.
     """
-    system, name = _located(path)
+    if "://" not in path:  # whose name pyarrow takes in UTF-8 only
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file")
+        with open(path, "rb") as file:
+            return file.read()
+    system, name = fs.FileSystem.from_uri(path)
     if system.get_file_info(name).type != fs.FileType.File:
         raise FileNotFoundError(f"{path}: no such file")
-    with system.open_input_stream(name) as file:
-        return file.read()
+    with system.open_input_stream(name) as stream:
+        return stream.read()
 
 
 def is_there(path: str) -> bool:
     """Whether the file can be seen at the moment."""
-    system, name = _located(path)
+    if "://" not in path:
+        return os.path.exists(path)
     try:
+        system, name = fs.FileSystem.from_uri(path)
         return system.get_file_info(name).type != fs.FileType.NotFound
     except OSError:
         return False
@@ -86,33 +96,43 @@ def told(path: str) -> str:
     return path.encode(errors="backslashreplace").decode()
 
 
-def _located(source: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(source) if "://" in source else (fs.LocalFileSystem(), source)
-
-
 def _paths(source: str, column: str) -> Iterator[str]:
-    system, path = _located(source)
-    kind = system.get_file_info(path).type
     if source.lower().endswith((".parquet", ".csv")):
-        yield from map(_absolute, _listed(system, path, column))
-    elif kind == fs.FileType.Directory and "://" in source:
-        before, after = source.split(path, 1)
-        for info in system.get_file_info(fs.FileSelector(path)):
-            if info.is_file and named_like_image(info.base_name):
-                yield f"{before}{info.path}{after}"
-    elif kind == fs.FileType.Directory:
+        yield from map(_absolute, _listed(source, column))
+    elif "://" in source:
+        yield from _below(source)
+    elif os.path.isdir(source):
         with os.scandir(source) as entries:
             for entry in entries:
                 if named_like_image(entry.name) and entry.is_file():
                     yield os.path.abspath(entry.path)
-    elif kind != fs.FileType.NotFound:
-        yield _absolute(source)
-    elif "://" not in source:
+    elif not os.path.exists(source):
         yield from (os.path.abspath(match) for match in matches(source) if not match.is_dir())
+    elif source.lower().endswith(SUFFIXES):
+        yield _absolute(source)
+    else:
+        raise ValueError("it is no picture, and no list .parquet or .csv")
 
 
-def _listed(system: fs.FileSystem, path: str, column: str) -> Iterator[str]:
+def _below(source: str) -> Iterator[str]:
+    """The URIs of the pictures in a folder, or of those that match the pattern behind it; or of this one picture."""
+    uri = urlsplit(source)
+    folder, _, pattern = uri.path.rpartition("/")
+    if "*" not in pattern:
+        folder, pattern = uri.path.rstrip("/"), "*"
+    system, path = fs.FileSystem.from_uri(uri._replace(path=folder).geturl())
+    kind = system.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        for info in system.get_file_info(fs.FileSelector(path)):
+            if info.is_file and named_like_image(info.base_name) and fnmatch(info.base_name, pattern):
+                yield uri._replace(path=f"{folder}/{quote(info.base_name)}").geturl()
+    elif kind == fs.FileType.File:
+        yield source
+
+
+def _listed(source: str, column: str) -> Iterator[str]:
     """The column of a file, read as it is asked for."""
+    system, path = fs.FileSystem.from_uri(source) if "://" in source else (fs.LocalFileSystem(), source)
     try:
         with system.open_input_file(path) as file:
             if path.lower().endswith(".parquet"):
@@ -125,6 +145,11 @@ def _listed(system: fs.FileSystem, path: str, column: str) -> Iterator[str]:
                 yield from (path or "" for path in batch.column(column).cast(pa.string()).to_pylist())
     except KeyError as error:
         raise ValueError(f"it has no column {column}; --column names another") from error
+    except pa.ArrowInvalid as error:
+        if "straddling" not in str(error):
+            raise
+        most = READ_AHEAD // 2**10
+        raise ValueError(f"a row is longer than {most} KB; give a list with the column of paths alone") from error
 
 
 def _absolute(path: str) -> str:

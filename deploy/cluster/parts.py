@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 
 
 class Parts:
-    """The folder. Its end as a context manager writes the rows that are left, whatever it ends by."""
+    """The folder."""
 
     def __init__(self, folder: Path) -> None:
         """Make the folder, and keep other processes out of it.
@@ -46,12 +46,6 @@ class Parts:
         self._rows: list[dict[str, Any]] = []
         self._written = time.monotonic()
 
-    def __enter__(self) -> "Parts":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.write()
-
     def seen(self, model: str | None) -> Seen:
         """The paths in the folder; those that the model of this checksum has scored, or None for any model's.
 
@@ -61,10 +55,13 @@ class Parts:
         seen = Seen()
         for path in self._files():
             try:
-                for batch in pa.parquet.ParquetFile(path).iter_batches(columns=["path", "model"]):
-                    paths, models = (batch.column(name).to_pylist() for name in ("path", "model"))
-                    seen.fresh([path for path, own in zip(paths, models, strict=True) if model in (None, own)])
-            except (OSError, pa.ArrowException, KeyError) as error:
+                file = pa.parquet.ParquetFile(path)
+                if lacking := [name for name in SCHEMA.names if name not in file.schema_arrow.names]:
+                    raise ValueError(f"it has no {', '.join(lacking)}")
+                for batch in file.iter_batches(columns=["path", "model"]):
+                    paths, models = (batch.column(name).cast(pa.string()).to_pylist() for name in ("path", "model"))
+                    seen.fresh([path or "" for path, own in zip(paths, models, strict=True) if model in (None, own)])
+            except (OSError, pa.ArrowException, ValueError) as error:
                 raise UserError(f"{path}: is no part of score.py's, or damaged ({error}); move it away") from error
         return seen
 

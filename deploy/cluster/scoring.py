@@ -11,13 +11,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from deploy.cluster.connection import answer
+from deploy.cluster.connection import answer, check_it_is_there
 from deploy.cluster.listing import is_there, read, told
 from deploy.common.cli import UserError, warn
 from deploy.common.files import sha256
 from deploy.common.imaging import decode
 from deploy.detector import Detector, Prepared
 
+UNREADABLE = 1000  # pictures; if not one of so many can be read, the fault is not the pictures'
 DEATHS = 3  # of processes that had a picture in hand, alone; then it is told as one that cannot be read
 VAIN_STARTS = 10  # processes that ended one after the other before their models were loaded; then the run ends
 
@@ -39,7 +40,6 @@ class Scorer:
             model: the checksum that it must have on this machine too.
         """
         self._folder, self._options, self._model = folder, options, model
-        self._readable: str | None = None  # the last picture that was read
 
     def load(self) -> None:
         """Load the model.
@@ -54,11 +54,15 @@ class Scorer:
         except UserError as error:
             raise UserError(f"{error} (on {socket.gethostname()})") from error
 
-    def score(self, paths: Sequence[str]) -> list[Row]:
+    def score(self, paths: Sequence[str], readable: str) -> list[Row]:
         """A row for each picture, with an error where it cannot be scored.
 
+        Args:
+            paths: of the pictures.
+            readable: of one that some process has read; empty where none has yet.
+
         Raises:
-            UserError: the folder of pictures is gone: one that was read a moment ago is not there either.
+            UserError: the folder of pictures is not there: one that was read is not either.
         """
         rows = [{"path": told(path), "model": self._model} for path in paths]
         batch: list[tuple[Row, Prepared]] = []
@@ -67,13 +71,13 @@ class Scorer:
                 content = read(path)
             except (OSError, ValueError) as error:  # ValueError: what pyarrow says of a URI
                 row["error"] = str(error)
-                if self._readable and not is_there(self._readable):
+                if readable and not is_there(readable):
                     raise UserError(
-                        f"{path}: cannot be read, nor can {self._readable} any more; are they on a disk or network "
-                        f"that is gone (on {socket.gethostname()})? When it is back, the same command goes on"
+                        f"{path}: cannot be read, nor can {readable}, which was; are they on a disk or network that is "
+                        f"not there on {socket.gethostname()}? When it is, the same command goes on"
                     ) from error
                 continue
-            self._readable = path
+            readable = path
             row["sha256"] = hashlib.sha256(content).hexdigest()
             try:
                 batch.append((row, self._detector.prepare(decode(Path(path), io.BytesIO(content)), drawable=False)))
@@ -109,7 +113,8 @@ def score_all(
 
     An actor that ends, for its machine does perhaps, is replaced by another one wherever there is room; what it had in
     hand is given out again, picture by picture. So a picture that ends the process which reads it is found; it becomes
-    a row with an error.
+    a row with an error. Pictures that cannot be read before any could are given out again too, for then it can be told
+    whether they are missing or their disk is.
 
     Args:
         start: starts an actor.
@@ -118,13 +123,16 @@ def score_all(
         pieces: paths, as many as an actor takes in hand.
 
     Raises:
-        UserError: as `Scorer.load` and `Scorer.score`; actors end as soon as they start.
+        UserError: as `Scorer.load` and `Scorer.score`; actors end as soon as they start; the cluster is gone; no
+            picture can be read.
     """
     calls: dict[Any, tuple[Any, Sequence[str]]] = {}  # what each actor has in hand, by the reference to its result
     idle: list[Any] = []
     again: deque[str] = deque()
     deaths: dict[str, int] = {}
     vain = 0
+    readable = ""  # a picture that one of them has read
+    doubtful: list[str] = []  # what could not be read before
 
     def hire() -> None:
         actor = start()
@@ -135,8 +143,14 @@ def score_all(
     while True:
         while idle and (piece := (again.popleft(),) if again else next(pieces, ())):
             actor = idle.pop()
-            calls[actor.score.remote(piece)] = actor, piece
-        if idle and not any(piece for _, piece in calls.values()):
+            calls[actor.score.remote(piece, readable)] = actor, piece
+        done = idle and not any(piece for _, piece in calls.values())
+        if len(doubtful) >= UNREADABLE or (done and doubtful):
+            raise UserError(
+                f"{doubtful[0]}: cannot be read, nor can {len(doubtful) - 1} others, and not one was; are they on a "
+                "disk or network that is not there? When it is, the same command goes on"
+            )
+        if done:
             return
         reference = ray.wait(list(calls), num_returns=1)[0][0]
         actor, piece = calls.pop(reference)
@@ -144,6 +158,7 @@ def score_all(
             rows = answer(reference)
         except RayError as error:  # the actor, its machine, or the way to it
             reason = " ".join(str(error).split())[:300]
+            check_it_is_there()
             warn(f"a process that scored has ended; what it had in hand is given out again ({reason})")
             ray.kill(actor)
             hire()
@@ -161,5 +176,10 @@ def score_all(
             continue
         vain = 0
         idle.append(actor)
-        if piece:
+        readable = next((path for path, row in zip(piece, rows or (), strict=True) if "sha256" in row), readable)
+        if piece and not readable:
+            doubtful += piece
+        elif piece:
+            again += doubtful
+            doubtful = []
             yield rows
