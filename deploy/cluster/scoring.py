@@ -18,6 +18,7 @@ from deploy.common.files import sha256
 from deploy.common.imaging import decode
 from deploy.detector import Detector, Prepared
 
+WAITED = 5.0  # seconds for rows; then it is looked whether the cluster is still there
 UNREADABLE = 1000  # pictures; if not one of so many can be read, the fault is not the pictures'
 DEATHS = 3  # of processes that had a picture in hand, alone; then it is told as one that cannot be read
 VAIN_STARTS = 10  # processes that ended one after the other before their models were loaded; then the run ends
@@ -152,13 +153,14 @@ def score_all(
             )
         if done:
             return
-        reference = ray.wait(list(calls), num_returns=1)[0][0]
+        while not (ready := ray.wait(list(calls), num_returns=1, timeout=WAITED)[0]):
+            check_it_is_there()
+        (reference,) = ready
         actor, piece = calls.pop(reference)
         try:
             rows = answer(reference)
         except RayError as error:  # the actor, its machine, or the way to it
             reason = " ".join(str(error).split())[:300]
-            check_it_is_there()
             warn(f"a process that scored has ended; what it had in hand is given out again ({reason})")
             ray.kill(actor)
             hire()
