@@ -60,7 +60,10 @@ def trained_model(config):
     return SimpleNamespace(config=config, model=model, losses=losses, before=before, after=published_state(model))
 
 
-@pytest.fixture(scope="module", params=CHANNELS)
+HEAVY = pytest.param("wide_resnet50_2", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[name if name not in HEAVY.values else HEAVY for name in CHANNELS])
 def trained(request):
     case = trained_model(load_config(f"configs/{request.param}.yaml", OVERRIDES))
     case.name = request.param

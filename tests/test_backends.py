@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +166,7 @@ def test_a_backend_agrees_with_the_model_at_every_batch(model, exported, backend
     check(model, load_exported(exported / "model", backend, Options(threads=1, usual_batches=(1, 3))))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_process_of_one_thread_leaves_the_choice_of_the_core_to_the_system(exported, backend):
@@ -202,18 +202,12 @@ OTHERS = {  # sides of the pictures, settings
 }
 
 
-def overrides_of(name):
-    """The settings of a model with one of them."""
-    (height, width), settings = OTHERS[name]
-    return [f"input_size=[{height},{width}]", f"backbone_name={name}", "channels=null", *settings]
-
-
 @pytest.fixture(scope="module", params=OTHERS)
 def other(request, tmp_path_factory):
     """A model with another backbone, and the folder of its export."""
-    size, _ = OTHERS[request.param]
-    overrides = overrides_of(request.param)
-    model = seeded_model([*TINY, *overrides], batch(8, size), calibrated=True)
+    (height, width), settings = OTHERS[request.param]
+    overrides = [f"input_size=[{height},{width}]", f"backbone_name={request.param}", "channels=null", *settings]
+    model = seeded_model([*TINY, *overrides], batch(8, (height, width)), calibrated=True)
     options = [word for override in overrides for word in ("-o", override)]
     return model, checkpoint_and_export(model, tmp_path_factory.mktemp(request.param), *options)
 
@@ -229,19 +223,6 @@ def test_a_backend_agrees_with_other_backbones_too(other, backend):
         assert ((results[2] > 0.1) & (results[2] < 0.999)).all()
         for actual, result in zip(loaded.run(images), results, strict=True):
             np.testing.assert_allclose(actual, result, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["dinov2_vits14"], indirect=True)
-def test_a_vision_transformer_is_not_exported_for_older_runtimes(other):
-    options = [word for override in overrides_of("dinov2_vits14") for word in ("-o", override)]
-    done = run_export(other[1], "old", "--format", "pdmodel", *options)
-    assert done.returncode == 2
-    assert re.fullmatch(
-        r"error: --format pdmodel: Paddle \S+ cannot write \w+ into a program .*; give --format paddle or onnx\n",
-        done.stderr,
-    )
-    assert not list((other[1] / "old").iterdir())
 
 
 # ---- a score from more than one pixel
@@ -276,6 +257,7 @@ def test_openvino_with_winograd_agrees_on_it(topped):
     check(topped[0], load_exported(topped[1] / "model", "openvino", options))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx512_bf16" not in backends.runtime.cpu_flags(), reason="this CPU has no bf16")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "onnxruntime" not in name.values])
 def test_bf16_is_near_to_it(topped, backend):
@@ -284,6 +266,7 @@ def test_bf16_is_near_to_it(topped, backend):
     np.testing.assert_allclose(loaded.run(images)[2], expected(topped[0], images)[2], atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_mkldnn", [True, False])
 def test_an_export_for_older_runtimes_agrees_on_it(topped, use_mkldnn):
     check(topped[0], load_exported(topped[1] / "old", "paddle", Options(threads=1, use_mkldnn=use_mkldnn)))
@@ -348,7 +331,7 @@ def check_all(loaded, images, results, batch_size):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_agrees_over_the_whole_test_set_at_the_published_size(full_size, full_results, backend):
     loaded = load_exported(full_size[1], backend, Options(threads=2))
-    for batch_size in (8, 3, 1):
+    for batch_size in (8, 1):  # and the two that are left of the eights
         check_all(loaded, *full_results, batch_size)
 
 
@@ -481,16 +464,11 @@ def test_an_export_leaves_nothing_of_another_format(exported):
 PADDLE_2 = paddle.__version__.startswith("2.")
 
 
-def run_export(folder, target, *options, **environment):
+def export_old(folder, target, *options, **environment):
     """An export in a process of its own: which form programs have is decided as paddle is imported."""
     command = [sys.executable, ROOT / "deploy/export_model.py", "-cfg", ROOT / "configs/resnet18.yaml", *OVERRIDES]
     command += ["-cat", "bottle", "--save_inference_dir", folder / target, *options]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
-def export_old(folder, target, *options, **environment):
-    """The folder of such an export."""
-    done = run_export(folder, target, *options, **environment)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return folder / target
 
@@ -515,6 +493,7 @@ def test_an_export_for_older_runtimes_agrees_too(model, exported, pdmodel, use_m
         np.testing.assert_allclose(actual, other, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_infer_reads_an_export_for_older_runtimes(exported, pdmodel):
     options = ("--image_path", ROOT / "images", "--save_inference_dir")
     assert infer(exported, *options, pdmodel).stdout == infer(exported, *options, "model").stdout != ""
@@ -542,6 +521,7 @@ def test_a_model_that_the_older_form_cannot_hold_is_one_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(f"error: --format pdmodel: Paddle {paddle.__version__} cannot write tanh into ")
+    assert done.stderr.endswith("; give --format paddle or onnx\n")
 
 
 def test_a_program_that_is_too_new_for_this_paddle(tmp_path, monkeypatch):
@@ -602,11 +582,11 @@ def test_a_package_that_is_not_installed_is_one_line(exported, tmp_path, script,
 @pytest.mark.slow
 @pytest.mark.parametrize("drawing", [(), ("--output_dir", "large drawings")])
 def test_full_size_pictures_of_a_batch_are_not_kept(exported, tmp_path, drawing):
-    for i in range(8):
+    for i in range(5):
         Image.new("RGB", (6000, 4000), (i, 100, 100)).save(tmp_path / f"{i}.png", compress_level=1)
     options = ("--save_inference_dir", "model", "--image_path", tmp_path, "--cpu_threads", 1, "--benchmark", "True")
     peaks = []
-    for batch_size in (1, 8):
+    for batch_size in (1, 5):
         said = infer(exported, *options, "--batch_size", batch_size, *drawing).stdout
         peaks.append(float(said.split("cpu_memory_peak(MB): ")[1].split()[0]))
     assert peaks[1] - peaks[0] < 2 * 72  # megabytes; each of them has 72
