@@ -73,5 +73,5 @@ def scoring(exported: Path, source: Path, pictures: int, paths: Sequence[int], f
         finished = run_command([sys.executable, "-c", DRIVER, str(peak), *words], folder, {"PYTHONPATH": str(ROOT)})
         title = f"driver of deploy/score.py, a list of {count} paths"
         yield Figure(f"memory/list{number}", "Peak memory", title, "bytes", {OURS: [float(peak.read_text())]})
-        title = f"a list of {count} paths of missing pictures, from the command to the rows"
+        title = f"a list of {count} paths, all but the first missing, from the command to the rows"
         yield Figure(f"list{number}", group, title, "s", {OURS: [finished.seconds]})
