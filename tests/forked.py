@@ -103,11 +103,12 @@ def _run(
     os.environ.update(environ)
     renames = 0
 
-    def count(event: str, _: tuple) -> None:
+    def count(event: str, details: tuple) -> None:
         nonlocal renames
-        renames += event == "os.rename"
-        if event == "os.rename" and renames == kill_at_rename:
-            os.kill(os.getpid(), signal_at_rename)
+        if event == "os.rename" and not str(details[1]).endswith(".pyc"):  # as Python names what it has compiled
+            renames += 1
+            if renames == kill_at_rename:
+                os.kill(os.getpid(), signal_at_rename)
 
     sys.addaudithook(count)
     if not draws:
