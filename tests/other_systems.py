@@ -15,6 +15,7 @@ import signal
 import subprocess  # noqa: F401
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -62,10 +63,11 @@ def strict(function: Callable, *, checked: int) -> Callable:
     """The function of `os`, which refuses its first arguments if they are open."""
 
     def refusing(*args: object, **kwargs: object) -> object:
-        for path in args[:checked]:
-            if is_open(path):
-                raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
-        return function(*args, **kwargs)
+        with ONE_STEP:
+            for path in args[:checked]:
+                if is_open(path):
+                    raise PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+            return function(*args, **kwargs)
 
     return refusing
 
@@ -74,9 +76,11 @@ def no_folders(path: os.PathLike | str, *args: object, **kwargs: object) -> int:
     """`os.open`, which opens no folder."""
     if os.path.isdir(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
-    return OPEN(path, *args, **kwargs)
+    with ONE_STEP:
+        return OPEN(path, *args, **kwargs)
 
 
+ONE_STEP = threading.RLock()  # to look whether a file is open, and to remove it; no thread opens it between the two
 OPEN, FSYNC = os.open, os.fsync
 # Functions of `os` as Windows has them.
 STRICT = {
