@@ -126,19 +126,17 @@ def score(
 
     scored = broken = 0
     try:
-        with joined(args.cluster):
+        # The rows that are left are written before Ray ends, which may end this process where the cluster is gone.
+        with joined(args.cluster), parts:
             start = starter(folder, detector_options(args), model, args.cpus, args.gpus)
-            room = places(args.cpus, args.gpus)
-            try:
-                with progress(total) as bar:
-                    for rows in score_all(start, args.actors or room, model, pieces(fresh, BATCHES * args.batch_size)):
-                        parts.add(rows)
-                        bar.update(len(rows))
-                        broken += sum("error" in row for row in rows)
-                        scored += len(rows)
-                    seconds = bar.format_dict["elapsed"]
-            finally:
-                parts.write()  # before Ray ends, which may end this process where the cluster is gone
+            room = places(args.cpus, args.gpus)  # for one at least, however many are asked for
+            with progress(total) as bar:
+                for rows in score_all(start, args.actors or room, model, pieces(fresh, BATCHES * args.batch_size)):
+                    parts.add(rows)
+                    bar.update(len(rows))
+                    broken += sum("error" in row for row in rows)
+                    scored += len(rows)
+                seconds = bar.format_dict["elapsed"]
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
             f"{scored} more pictures are in {parts.folder}; the same command goes on"

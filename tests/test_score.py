@@ -139,13 +139,12 @@ def row(path, model="m", **more):
 
 def test_parts_are_added_and_read_again(tmp_path):
     region = {"box": [1, 2, 3, 4], "area": 5, "centre": [1.5, 2.5], "highest": 0.9, "mean": 0.8}
-    out = Parts(tmp_path / "out")
-    out.add([row("a", score=0.5, label="Normal", size=[2, 3], regions=[region], sha256="00")])
-    with pytest.raises(UserError, match="is at work there"):
-        Parts(tmp_path / "out")
-    out.write()
-    out.add([row("b", error="b: broken")])
-    out.write()
+    with Parts(tmp_path / "out") as out:
+        out.add([row("a", score=0.5, label="Normal", size=[2, 3], regions=[region], sha256="00")])
+        with pytest.raises(UserError, match="is at work there"):
+            Parts(tmp_path / "out")
+        out.write()
+        out.add([row("b", error="b: broken")])
     assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == [
         "part-000001.parquet",
         "part-000002.parquet",
@@ -169,9 +168,8 @@ def test_a_part_is_written_when_it_is_long_or_old_enough(tmp_path, monkeypatch):
 
 def test_what_was_scored_by_which_model(tmp_path):
     folder = tmp_path / "out"
-    out = Parts(folder)
-    out.add([row("a"), row("b"), row("b", "other")])
-    out.write()
+    with Parts(folder) as out:
+        out.add([row("a"), row("b"), row("b", "other")])
     (folder / "renamed.parquet").write_bytes((folder / "part-000001.parquet").read_bytes())
     (folder / "part-000001.parquet").unlink()
     assert out.seen(None).fresh(["a", "b", "c"]) == ["c"]
@@ -192,16 +190,14 @@ def test_a_disk_that_is_full_or_gone_is_told_and_costs_no_part(hazard, tmp_path,
         Path(name).write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    out = Parts(folder)
-    out.add([row("a")])
-    out.write()
-    if hazard == "full":
-        monkeypatch.setattr(listing.pa.parquet, "write_table", write)
-    else:
-        folder.rename(tmp_path / "away")
-    out.add([row("b")])
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, Parts(folder) as out:
+        out.add([row("a")])
         out.write()
+        if hazard == "full":
+            monkeypatch.setattr(listing.pa.parquet, "write_table", write)
+        else:
+            folder.rename(tmp_path / "away")
+        out.add([row("b")])
     assert ("No space left" if hazard == "full" else "is no longer there") in str(error.value)
     left = tmp_path / ("out" if hazard == "full" else "away")
     assert [path.name for path in left.iterdir() if not path.name.startswith(".lock")] == ["part-000001.parquet"]

@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
 
 
 class Parts:
-    """The folder."""
+    """The folder. Its end as a context manager writes the rows that are left, whatever it ends by."""
 
     def __init__(self, folder: Path) -> None:
         """Make the folder, and keep other processes out of it.
@@ -45,6 +45,12 @@ class Parts:
         self._next = max(numbers, default=0) + 1
         self._rows: list[dict[str, Any]] = []
         self._written = time.monotonic()
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write()
 
     def seen(self, model: str | None) -> Seen:
         """The paths in the folder; those that the model of this checksum has scored, or None for any model's.
